@@ -1,0 +1,255 @@
+"""Atomic files, and the records beside them: `meta.json` and `files.json`.
+
+A file appears under its final name whole or not at all. Every artefact has a `meta.json` that says
+which settings, inputs, code and packages made it, how long that took and what it needed.
+"""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from scripts.common.errors import KilnError
+
+PACKAGES = ("torch", "torchvision", "transformers", "open-clip-torch", "numpy", "pandas", "pyarrow", "pillow")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; it becomes `path` when the block ends well, else it is removed.
+
+    Raises:
+        KilnError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise explain_os_error(error, path) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def explain_os_error(error: OSError, path: Path) -> Exception:
+    """A full disk or a read-only folder as a `KilnError`; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_existing(path)).free
+        return KilnError(
+            f"{path}: the disk is full ({free / 1e6:.0f} MB free)",
+            "free space or point `results` at another disk; nothing half-written was left, so run again",
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return KilnError(
+            f"{path}: cannot be written ({error.strerror})",
+            "make the results folder writable, or set `results` to a folder that is",
+        )
+    return error
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline, atomically; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+        KilnError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KilnError(f"{path}: no such file", "run the rule that makes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise KilnError(f"{path}: not JSON: {error}", "delete it and run again, or mend it") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_text(*parts: str) -> str:
+    """Hex sha256 over texts, each ended by a zero byte so that parts cannot run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `folder` when the block ends well.
+
+    Readers see the old folder or the new one, but for the instant between two renames.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_folder(folder: Path, links: Mapping[str, Path], records: Mapping[str, Mapping] | None = None) -> None:
+    """Replace `folder` by relative symbolic links {name in it: target}, and a `files.json` of them.
+
+    A name may hold subfolders; targets are never copied. `records` gives what `files.json` says of
+    each name (bytes, sha256), taken from a manifest so that nothing is read again.
+    """
+    final = folder.resolve()
+    with atomic_folder(folder) as temporary:
+        made = set()
+        for name, target in links.items():
+            place = temporary / name
+            if place.parent not in made:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                made.add(place.parent)
+            os.symlink(os.path.relpath(os.path.abspath(target), (final / name).parent), place)
+        listing = {name: dict((records or {}).get(name, {})) for name in sorted(links)}
+        (temporary / "files.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """{name: {bytes, sha256}} of finished files."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
+
+
+def recorded_hash(path: Path) -> str | None:
+    """The sha256 of `path` as the step that made it recorded it, without reading `path` again."""
+    for meta in (path.with_name(f"{path.stem}.meta.json"), path.with_name("meta.json")):
+        if meta.is_file():
+            record = json.loads(meta.read_text(encoding="utf-8"))["outputs"].get(path.name)
+            if record and record["bytes"] == path.stat().st_size:
+                return record["sha256"]
+    return None
+
+
+def input_hash(path: Path) -> str:
+    """The recorded sha256 of an upstream artefact, else that of the file's bytes."""
+    return recorded_hash(path) or sha256_file(path)
+
+
+def git_commit() -> str | None:
+    """Commit of this checkout, with `-dirty` when it has changes; None outside git."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide numbers; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    facts: dict[str, Any] = {"host": socket.gethostname(), "machine": platform.machine(), "cpus": os.cpu_count()}
+    torch = _loaded_torch()
+    if torch is not None:
+        facts["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return facts
+
+
+def _loaded_torch():
+    import sys
+
+    return sys.modules.get("torch")  # a step without torch must not import it to be described
+
+
+class Record:
+    """The `meta.json` of one run of a step, started when the step starts and written last.
+
+    Args:
+        step: dotted name of the step.
+        settings: the numerics that it ran with.
+        inputs: {name: path}; each is recorded with its upstream hash.
+        code: code key of the step.
+    """
+
+    def __init__(self, step: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], code: str):
+        self.started = time.time()
+        self.clock = time.monotonic()
+        self.facts: dict[str, Any] = {}
+        self.step, self.settings, self.code = step, dict(settings), code
+        self.inputs = {name: {"path": str(p), "sha256": input_hash(p)} for name, p in inputs.items()}
+
+    def write(self, meta: Path, outputs: Iterable[Path], items: int | None = None) -> None:
+        """Write `meta` for the finished `outputs`; `items` gives a throughput in items per second."""
+        seconds = time.monotonic() - self.clock
+        self_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        child_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        torch = _loaded_torch()
+        cuda = torch is not None and torch.cuda.is_available()
+        write_json(
+            meta,
+            {
+                "step": self.step,
+                "settings": self.settings,
+                "inputs": self.inputs,
+                "outputs": describe_files(outputs),
+                "code": self.code,
+                "git_commit": git_commit(),
+                "packages": package_versions(),
+                "hardware": _hardware(),
+                "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
+                "wall_seconds": round(seconds, 3),
+                "peak_rss_mb": round(max(self_kb, child_kb) / 1024, 1),
+                "peak_vram_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
+                "items": items,
+                "items_per_second": round(items / seconds, 2) if items and seconds else None,
+                **self.facts,
+            },
+        )

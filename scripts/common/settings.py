@@ -1,0 +1,165 @@
+"""Typed settings: their base class, their two kinds, and how several sources become one object.
+
+A field is *numerics* (it decides numbers; it enters params and fingerprints) unless it is declared
+with `execution(...)` (workers, log interval, device: a change never reruns anything).
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scripts.common.errors import KilnError
+
+
+class Settings(BaseModel):
+    """Base of every settings section: unknown keys are refused, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def execution(default: Any, **constraints: Any) -> Any:
+    """Declare a field that cannot change a number."""
+    return Field(default, json_schema_extra={"kind": "execution"}, **constraints)
+
+
+def _is_execution(field) -> bool:
+    return bool(field.json_schema_extra) and field.json_schema_extra.get("kind") == "execution"
+
+
+def of_kind(settings: Settings, kind: str) -> dict[str, Any]:
+    """The settings of one kind, `"numerics"` or `"execution"`, as plain JSON values."""
+    values = settings.model_dump(mode="json")
+    chosen = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            inner = of_kind(value, kind)
+            if inner or kind == "numerics":
+                chosen[name] = inner
+        elif _is_execution(field) == (kind == "execution"):
+            chosen[name] = values[name]
+    return chosen
+
+
+def to_json(values: Any) -> str:
+    """Canonical JSON: sorted keys, no spaces, so that equal settings are equal text."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section; lists and scalars are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value
+    return merged
+
+
+def parse_overrides(text: str | Iterable[str]) -> dict[str, Any]:
+    """`"rae.train.lr=1e-4 rae.data.batch_size=64"` as a nested dict; values are read as YAML.
+
+    Raises:
+        KilnError: an item without `=`, or a key that is both a value and a section.
+    """
+    items = text.split() if isinstance(text, str) else list(text)
+    nested: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise KilnError(
+                f"override {item!r} is not of the form section.key=value",
+                "separate overrides by spaces, and write no space around '='",
+            )
+        *sections, name = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise KilnError(f"override {item!r}: {section!r} has a value already", "give it once")
+        place[name] = _yaml_value(value)
+    return nested
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            return value
+    return value
+
+
+def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
+    """`values` as a `model`.
+
+    Raises:
+        KilnError: names each bad key, what was allowed, and the nearest spelling.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines, hints = [], []
+        for one in error.errors():
+            key = ".".join(str(part) for part in one["loc"])
+            if one["type"] == "extra_forbidden":
+                allowed = _keys_at(model, one["loc"][:-1])
+                near = difflib.get_close_matches(str(one["loc"][-1]), allowed, n=1, cutoff=0.5)
+                lines.append(f"unknown key {key!r}; allowed here: {', '.join(allowed)}")
+                if near:
+                    full = ".".join([*map(str, one["loc"][:-1]), near[0]])
+                    hints.append(f"did you mean {full!r}?")
+            else:
+                lines.append(f"{key or 'settings'} = {one['input']!r}: {one['msg']}")
+        message = f"settings from {source}: " + "; ".join(lines)
+        raise KilnError(message, " ".join(hints) or "config/default.yaml lists every key with its default") from None
+
+
+def _keys_at(model: type[BaseModel], location: tuple) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; an empty file is an empty mapping.
+
+    Raises:
+        KilnError: not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KilnError(f"{path}: not YAML: {error}", "check its indentation and quotes") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise KilnError(f"{path}: expected key: value pairs", "see config/default.yaml")
+    return values
+
+
+def from_sources(model: type[S], sources: Iterable[str]) -> S:
+    """One settings object from JSON texts, YAML files and `key=value` overrides, later ones on top."""
+    values: dict[str, Any] = {}
+    sources = list(sources)
+    for source in sources:
+        if source.lstrip().startswith("{"):
+            values = merge(values, json.loads(source))
+        elif "=" in source:
+            values = merge(values, parse_overrides(source))
+        else:
+            values = merge(values, read_yaml(Path(source)))
+    return validate(model, values, " + ".join(s[:60] for s in sources) or "defaults")
