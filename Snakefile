@@ -1,0 +1,32 @@
+"""
+Kiln: five vision and vision-language projects, from raw data to the numbers in their papers.
+
+    snakemake --configfile config/demo.yaml --cores all     the embedded demo, minutes on a laptop
+    snakemake --profile slurm vase_images                   one target on a cluster
+    snakemake -n ...                                        why each job would run
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+include: "rules/common.smk"
+include: "rules/retrieve.smk"
+include: "rules/demo.smk"
+include: "rules/vase.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    report,
+    vase,
+    vase_images,
+    vase_quality,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.report.input,

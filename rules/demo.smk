@@ -1,0 +1,77 @@
+"""
+The embedded data: what `config/demo.yaml` runs every pipeline on.
+
+REQUIRED INPUTS: none.
+
+OUTPUTS:
+    {results}/demo/draw_vases/   images/, labelled/, clip/, truth.parquet, vases.parquet
+    {results}/demo/train_clip/   a small CLIP that open_clip loads as local-dir:
+
+Drawing is a checkpoint: which files there are is known, and sharded, only when it is done.
+"""
+
+DEMO = f"{RESULTS}/demo"
+
+
+checkpoint demo_draw_vases:
+    output:
+        listing=f"{DEMO}/draw_vases/files.json",
+        meta=f"{DEMO}/draw_vases.meta.json",
+    log:
+        f"{LOGS}/demo/draw_vases.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/draw_vases.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        settings=numerics("demo"),
+        code=code_key("scripts.demo.draw_vases"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Draw the demo's vases"
+    shell:
+        "{STEP} scripts.demo.draw_vases"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_train_clip:
+    input:
+        listing=rules.demo_draw_vases.output.listing,
+    output:
+        weights=f"{DEMO}/train_clip/open_clip_model.safetensors",
+        config=f"{DEMO}/train_clip/open_clip_config.json",
+        metrics=f"{DEMO}/train_clip/metrics.json",
+        meta=f"{DEMO}/train_clip/meta.json",
+    log:
+        f"{LOGS}/demo/train_clip.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/train_clip.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        settings=numerics("demo"),
+        code=code_key("scripts.demo.train_clip"),
+        folder=subpath(output.meta, parent=True),
+        data=subpath(input.listing, parent=True),
+    message:
+        "Train the demo's small CLIP on pictures of other vases"
+    shell:
+        "{STEP} scripts.demo.train_clip"
+        " --data {params.data:q}/clip"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"

@@ -1,0 +1,71 @@
+"""
+What a user looks at: the headline numbers and a self-contained page of all pictures.
+
+REQUIRED INPUTS: the metrics and pictures of every pipeline.
+
+OUTPUTS:
+    {results}/summary.json   {pipeline: {metric: {value, baseline, n, ci95, ...}}}
+    {results}/report.html    Snakemake's own report: pictures, run times, the DAG
+
+STEPS: summarise, render.
+"""
+
+
+rule report_summarise:
+    input:
+        vase=vase_metrics(),
+        targets=rules.vase_images.input,
+    output:
+        summary=f"{RESULTS}/summary.json",
+        meta=f"{RESULTS}/summary.meta.json",
+    log:
+        f"{LOGS}/report/summarise.log",
+    benchmark:
+        f"{BENCHMARKS}/report/summarise.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        code=code_key("scripts.report.summarise"),
+    message:
+        "Summarise the headline numbers"
+    shell:
+        "{STEP} scripts.report.summarise"
+        " --vase {input.vase:q}"
+        " --output {output.summary:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule report_render:
+    input:
+        summary=rules.report_summarise.output.summary,
+    output:
+        page=f"{RESULTS}/report.html",
+    log:
+        f"{LOGS}/report/render.log",
+    benchmark:
+        f"{BENCHMARKS}/report/render.tsv"
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        snakefile=f"{ROOT}/Snakefile",
+    message:
+        "Render the report"
+    shell:
+        "{PYTHON} -m snakemake --snakefile {params.snakefile:q} --configfile {RESULTS}/config.yaml"
+        " --report {output.page:q} --nolock {input.summary:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule report:
+    input:
+        rules.report_render.output.page,
+        rules.report_summarise.output.summary,

@@ -1,0 +1,665 @@
+"""
+Pipeline vase, first half: raw photographs of vases to the best view of each.
+
+REQUIRED INPUTS (config section `vase`):
+    images      folder of raw photographs, any depth
+    labelled    folder with 0/ (low quality) and 1/ (high quality)
+    attributes  optional table by vase, to stratify the split by
+    truth       optional table of known quality, to score the filter against
+
+OUTPUTS (below {results}/vase/):
+    list_images/        manifest.parquet, quarantine.tsv, duplicates.tsv, summary.json
+    split/              splits.parquet (a side for each vase), labelled.parquet
+    train_classifier/   classifier.safetensors, metrics.json, used.parquet, curves, confusion matrix
+    link_classes/       classes/0, classes/1 (links), predictions.parquet
+    embed_images/       CLIP embeddings by shard
+    choose_threshold/   threshold.json, percentiles.csv, scores.png
+    accept_images/      accepted/, rejected/ (links), filtering_report.json, funnel.png, samples.png
+    select_views/       best_views/ (links), best_views_report.json, filtering_stats.json, views.png
+    audit_split/        audit.json: no vase is chosen on what it is scored on
+    evaluate_filter/    metrics.json, where `truth` is set
+
+STEPS: inspect (by shard), list, split, train, classify (by shard), embed (by shard), score, choose a
+threshold, accept, select, audit, evaluate.
+"""
+
+from scripts.common import images as kiln_images
+from scripts.common.shards import ShardTable, refresh as refresh_shards, scan as scan_folder
+
+VASE = f"{RESULTS}/vase"
+VASE_SHARD_TABLE = Path(STATE, "vase", "shards.parquet")
+VASE_CLASSIFIER_CODE = ("scripts.vase.classifier", "scripts.vase.classifier_training")
+
+
+def vase_source(path):
+    """What must exist before a folder or table that the user names can be read: the demo's, if it is one."""
+    return [checkpoints.demo_draw_vases.get().output.listing] if path.startswith(f"{DEMO}/draw_vases/") else []
+
+
+@functools.cache
+def vase_shard_table():
+    """The shards of the raw folder: scanned once by the main process, read by its jobs."""
+    if not workflow.is_main_process:
+        return or_stop(ShardTable.load, VASE_SHARD_TABLE)
+    return or_stop(
+        refresh_shards,
+        VASE_SHARD_TABLE,
+        Path(CONFIG.vase.images),
+        kiln_images.EXTENSIONS,
+        CONFIG.vase.images_per_shard,
+        not workflow.dryrun,
+    )
+
+
+def vase_shards():
+    """Names of all shards; waits for the demo's drawing."""
+    vase_source(CONFIG.vase.images)
+    return vase_shard_table().names()
+
+
+def vase_of_shards(pattern):
+    """An input function: `pattern` for each shard."""
+    return lambda wildcards: [pattern.format(shard=shard) for shard in vase_shards()]
+
+
+@functools.cache
+def vase_labelled_digest():
+    """Digest of names, sizes and mtimes of the labelled folder."""
+    found = or_stop(scan_folder, Path(CONFIG.vase.labelled), kiln_images.EXTENSIONS)
+    return ShardTable({"labelled": found.items}).digest("labelled")
+
+
+def vase_optional(key):
+    """An input function: the table that `vase.<key>` names, or nothing."""
+    path = getattr(CONFIG.vase, key)
+    return lambda wildcards: [path] if path and not vase_source(path) else vase_source(path or "")
+
+
+wildcard_constraints:
+    shard=r"s\d{5,}",
+
+
+rule vase_inspect_images:
+    input:
+        lambda w: vase_source(CONFIG.vase.images),
+    output:
+        table=f"{VASE}/inspect_images/{{shard}}.parquet",
+        meta=f"{VASE}/inspect_images/{{shard}}.meta.json",
+    log:
+        f"{LOGS}/vase/inspect_images/{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/inspect_images/{{shard}}.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        settings=numerics("vase.inspect"),
+        code=code_key("scripts.vase.inspect_images"),
+        files=lambda w: vase_shard_table().digest(w.shard),
+    message:
+        "Inspect images of shard {wildcards.shard}"
+    shell:
+        "{STEP} scripts.vase.inspect_images"
+        " --images {CONFIG.vase.images:q}"
+        " --shard-table {VASE_SHARD_TABLE:q}"
+        " --shard {wildcards.shard}"
+        " --output {output.table:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_list_images:
+    input:
+        shards=vase_of_shards(f"{VASE}/inspect_images/{{shard}}.parquet"),
+    output:
+        manifest=f"{VASE}/list_images/manifest.parquet",
+        quarantine=f"{VASE}/list_images/quarantine.tsv",
+        duplicates=f"{VASE}/list_images/duplicates.tsv",
+        summary=f"{VASE}/list_images/summary.json",
+        meta=f"{VASE}/list_images/meta.json",
+    log:
+        f"{LOGS}/vase/list_images.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/list_images.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        settings=numerics("vase.list"),
+        code=code_key("scripts.vase.list_images"),
+        ignored=lambda w: vase_shard_table().ignored,
+        folder=subpath(output.meta, parent=True),
+    message:
+        "List all images in one manifest"
+    shell:
+        "{STEP} scripts.vase.list_images"
+        " --shards {input.shards:q}"
+        " --ignored {params.ignored}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_list_labelled:
+    input:
+        lambda w: vase_source(CONFIG.vase.labelled),
+    output:
+        table=f"{VASE}/list_labelled/labelled.parquet",
+        quarantine=f"{VASE}/list_labelled/quarantine.tsv",
+        summary=f"{VASE}/list_labelled/summary.json",
+        meta=f"{VASE}/list_labelled/meta.json",
+    log:
+        f"{LOGS}/vase/list_labelled.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/list_labelled.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        settings=numerics(inspect="vase.inspect", list="vase.list"),
+        code=code_key("scripts.vase.list_labelled"),
+        files=lambda w: vase_labelled_digest(),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "List the labelled images"
+    shell:
+        "{STEP} scripts.vase.list_labelled"
+        " --images {CONFIG.vase.labelled:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_split:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        labelled=rules.vase_list_labelled.output.table,
+        attributes=vase_optional("attributes"),
+    output:
+        splits=f"{VASE}/split/splits.parquet",
+        labelled=f"{VASE}/split/labelled.parquet",
+        summary=f"{VASE}/split/summary.json",
+        meta=f"{VASE}/split/meta.json",
+    log:
+        f"{LOGS}/vase/split.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/split.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        settings=numerics("vase.split"),
+        code=code_key("scripts.vase.split"),
+        folder=subpath(output.meta, parent=True),
+        attributes=f"--attributes {shlex.quote(CONFIG.vase.attributes)}" if CONFIG.vase.attributes else "",
+    message:
+        "Split vases into train, validation and test"
+    shell:
+        "{STEP} scripts.vase.split"
+        " --manifest {input.manifest:q}"
+        " --labelled {input.labelled:q}"
+        " {params.attributes}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_train_classifier:
+    input:
+        labelled=rules.vase_split.output.labelled,
+        weights=[model_file(CONFIG.vase.classifier.weights)] if CONFIG.vase.classifier.weights else [],
+        init=[CONFIG.vase.classifier.init_from] if CONFIG.vase.classifier.init_from else [],
+    output:
+        weights=f"{VASE}/train_classifier/classifier.safetensors",
+        metrics=f"{VASE}/train_classifier/metrics.json",
+        used=f"{VASE}/train_classifier/used.parquet",
+        loss=report(
+            f"{VASE}/train_classifier/loss.png",
+            caption="captions/vase_loss.rst",
+            category="vase",
+            labels={"step": "train_classifier", "picture": "loss"},
+        ),
+        accuracy=report(
+            f"{VASE}/train_classifier/accuracy.png",
+            caption="captions/vase_accuracy.rst",
+            category="vase",
+            labels={"step": "train_classifier", "picture": "accuracy"},
+        ),
+        confusion=report(
+            f"{VASE}/train_classifier/confusion.png",
+            caption="captions/vase_confusion.rst",
+            category="vase",
+            labels={"step": "train_classifier", "picture": "confusion matrix"},
+        ),
+        meta=f"{VASE}/train_classifier/meta.json",
+    log:
+        f"{LOGS}/vase/train_classifier.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/train_classifier.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        settings=numerics("vase.classifier"),
+        code=code_key(*VASE_CLASSIFIER_CODE),
+        folder=subpath(output.meta, parent=True),
+        weights=lambda w, input: f"--weights {shlex.quote(str(input.weights[0]))}" if input.weights else "",
+    message:
+        "Train the image-quality classifier"
+    shell:
+        "{STEP} scripts.common.launch --gpus {GPUS[gpu_single]} -- scripts.vase.train_classifier"
+        " --images {CONFIG.vase.labelled:q}"
+        " --labelled {input.labelled:q}"
+        " {params.weights}"
+        " --state-folder {STATE}/vase/train_classifier"
+        " --tracker-folder {LOGS}/vase/train_classifier"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {EXECUTION[vase.classifier]:q}"
+        " --device {CONFIG.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_classify_images:
+    input:
+        shard=rules.vase_inspect_images.output.table,
+        classifier=rules.vase_train_classifier.output.weights,
+    output:
+        table=f"{VASE}/classify_images/{{shard}}.parquet",
+        meta=f"{VASE}/classify_images/{{shard}}.meta.json",
+    log:
+        f"{LOGS}/vase/classify_images/{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/classify_images/{{shard}}.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        settings=numerics("vase.classify"),
+        code=code_key("scripts.vase.classify_images"),
+    message:
+        "Classify images of shard {wildcards.shard}"
+    shell:
+        "{STEP} scripts.common.launch --gpus {GPUS[gpu_single]} -- scripts.vase.classify_images"
+        " --images {CONFIG.vase.images:q}"
+        " --shard {input.shard:q}"
+        " --classifier {input.classifier:q}"
+        " --output {output.table:q}"
+        " --settings {params.settings:q}"
+        " --settings {EXECUTION[vase.classify]:q}"
+        " --device {CONFIG.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_link_classes:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        predictions=vase_of_shards(f"{VASE}/classify_images/{{shard}}.parquet"),
+    output:
+        predictions=f"{VASE}/link_classes/predictions.parquet",
+        links=f"{VASE}/link_classes/classes/files.json",
+        summary=f"{VASE}/link_classes/summary.json",
+        meta=f"{VASE}/link_classes/meta.json",
+    log:
+        f"{LOGS}/vase/link_classes.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/link_classes.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        code=code_key("scripts.vase.link_classes"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Link images by class"
+    shell:
+        "{STEP} scripts.vase.link_classes"
+        " --images {CONFIG.vase.images:q}"
+        " --manifest {input.manifest:q}"
+        " --predictions {input.predictions:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_embed_images:
+    input:
+        shard=rules.vase_inspect_images.output.table,
+        model=model_files(CONFIG.vase.clip.model, "open_clip_config.json", "open_clip_model.safetensors"),
+    output:
+        embeddings=f"{VASE}/embed_images/{{shard}}.arrow",
+        meta=f"{VASE}/embed_images/{{shard}}.meta.json",
+    log:
+        f"{LOGS}/vase/embed_images/{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/embed_images/{{shard}}.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        settings=numerics("vase.clip"),
+        code=code_key("scripts.vase.embed_images"),
+        model=model_folder(CONFIG.vase.clip.model),
+    message:
+        "Embed images of shard {wildcards.shard} by CLIP"
+    shell:
+        "{STEP} scripts.common.launch --gpus {GPUS[gpu_single]} -- scripts.vase.embed_images"
+        " --images {CONFIG.vase.images:q}"
+        " --shard {input.shard:q}"
+        " --model {params.model:q}"
+        " --output {output.embeddings:q}"
+        " --settings {params.settings:q}"
+        " --settings {EXECUTION[vase.clip]:q}"
+        " --device {CONFIG.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_score_images:
+    input:
+        embeddings=vase_of_shards(f"{VASE}/embed_images/{{shard}}.arrow"),
+        model=rules.vase_embed_images.input.model,
+    output:
+        scores=f"{VASE}/score_images/scores.parquet",
+        meta=f"{VASE}/score_images/meta.json",
+    log:
+        f"{LOGS}/vase/score_images.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/score_images.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        settings=numerics("vase.prompts"),
+        code=code_key("scripts.vase.score_images"),
+        model=model_folder(CONFIG.vase.clip.model),
+    message:
+        "Score images against the prompts"
+    shell:
+        "{STEP} scripts.vase.score_images"
+        " --embeddings {input.embeddings:q}"
+        " --model {params.model:q}"
+        " --output {output.scores:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_choose_threshold:
+    input:
+        scores=rules.vase_score_images.output.scores,
+        predictions=rules.vase_link_classes.output.predictions,
+        splits=rules.vase_split.output.splits,
+    output:
+        threshold=f"{VASE}/choose_threshold/threshold.json",
+        percentiles=f"{VASE}/choose_threshold/percentiles.csv",
+        sample=f"{VASE}/choose_threshold/sample.parquet",
+        scores=report(
+            f"{VASE}/choose_threshold/scores.png",
+            caption="captions/vase_scores.rst",
+            category="vase",
+            labels={"step": "choose_threshold", "picture": "scores"},
+        ),
+        meta=f"{VASE}/choose_threshold/meta.json",
+    log:
+        f"{LOGS}/vase/choose_threshold.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/choose_threshold.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        settings=numerics("vase.threshold"),
+        code=code_key("scripts.vase.choose_threshold"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Choose the acceptance threshold"
+    shell:
+        "{STEP} scripts.vase.choose_threshold"
+        " --scores {input.scores:q}"
+        " --predictions {input.predictions:q}"
+        " --splits {input.splits:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_accept_images:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        predictions=rules.vase_link_classes.output.predictions,
+        scores=rules.vase_score_images.output.scores,
+        threshold=rules.vase_choose_threshold.output.threshold,
+        timed=lambda w: [
+            rules.vase_score_images.output.meta,
+            *vase_of_shards(f"{VASE}/embed_images/{{shard}}.meta.json")(w),
+        ],
+    output:
+        table=f"{VASE}/accept_images/accepted.parquet",
+        report=f"{VASE}/accept_images/filtering_report.json",
+        accepted=f"{VASE}/accept_images/accepted/files.json",
+        rejected=f"{VASE}/accept_images/rejected/files.json",
+        summary=f"{VASE}/accept_images/summary.json",
+        funnel=report(
+            f"{VASE}/accept_images/funnel.png",
+            caption="captions/vase_funnel.rst",
+            category="vase",
+            labels={"step": "accept_images", "picture": "funnel"},
+        ),
+        samples=report(
+            f"{VASE}/accept_images/samples.png",
+            caption="captions/vase_samples.rst",
+            category="vase",
+            labels={"step": "accept_images", "picture": "accepted and rejected"},
+        ),
+        meta=f"{VASE}/accept_images/meta.json",
+    log:
+        f"{LOGS}/vase/accept_images.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/accept_images.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        code=code_key("scripts.vase.accept_images"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Accept or reject images"
+    shell:
+        "{STEP} scripts.vase.accept_images"
+        " --images {CONFIG.vase.images:q}"
+        " --manifest {input.manifest:q}"
+        " --predictions {input.predictions:q}"
+        " --scores {input.scores:q}"
+        " --threshold {input.threshold:q}"
+        " --timed {input.timed:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_select_views:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        accepted=rules.vase_accept_images.output.table,
+        timed=[rules.vase_score_images.output.meta],
+    output:
+        table=f"{VASE}/select_views/best_views.parquet",
+        report=f"{VASE}/select_views/best_views_report.json",
+        stats=f"{VASE}/select_views/filtering_stats.json",
+        links=f"{VASE}/select_views/best_views/files.json",
+        summary=f"{VASE}/select_views/summary.json",
+        sheet=report(
+            f"{VASE}/select_views/views.png",
+            caption="captions/vase_views.rst",
+            category="vase",
+            labels={"step": "select_views", "picture": "best views"},
+        ),
+        meta=f"{VASE}/select_views/meta.json",
+    log:
+        f"{LOGS}/vase/select_views.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/select_views.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        code=code_key("scripts.vase.select_views"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Select the best view of each vase"
+    shell:
+        "{STEP} scripts.vase.select_views"
+        " --images {CONFIG.vase.images:q}"
+        " --manifest {input.manifest:q}"
+        " --accepted {input.accepted:q}"
+        " --timed {input.timed:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_audit_split:
+    input:
+        splits=rules.vase_split.output.splits,
+        classifier=rules.vase_train_classifier.output.used,
+        sample=rules.vase_choose_threshold.output.sample,
+    output:
+        audit=f"{VASE}/audit_split/audit.json",
+        meta=f"{VASE}/audit_split/meta.json",
+    log:
+        f"{LOGS}/vase/audit_split.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/audit_split.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        code=code_key("scripts.vase.audit_split"),
+    message:
+        "Audit that no vase is chosen on what it is scored on"
+    shell:
+        "{STEP} scripts.vase.audit_split"
+        " --splits {input.splits:q}"
+        " --classifier {input.classifier:q}"
+        " --sample {input.sample:q}"
+        " --output {output.audit:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_evaluate_filter:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        splits=rules.vase_split.output.splits,
+        scores=rules.vase_score_images.output.scores,
+        accepted=rules.vase_accept_images.output.table,
+        best_views=rules.vase_select_views.output.table,
+        truth=vase_optional("truth"),
+    output:
+        metrics=f"{VASE}/evaluate_filter/metrics.json",
+        meta=f"{VASE}/evaluate_filter/meta.json",
+    log:
+        f"{LOGS}/vase/evaluate_filter.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/evaluate_filter.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        code=code_key("scripts.vase.evaluate_filter"),
+    message:
+        "Score the filter against known quality"
+    shell:
+        "{STEP} scripts.vase.evaluate_filter"
+        " --images {CONFIG.vase.images:q}"
+        " --truth {CONFIG.vase.truth:q}"
+        " --manifest {input.manifest:q}"
+        " --splits {input.splits:q}"
+        " --scores {input.scores:q}"
+        " --accepted {input.accepted:q}"
+        " --best-views {input.best_views:q}"
+        " --output {output.metrics:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+def vase_metrics():
+    """Files with the pipeline's summary metrics."""
+    scored = [rules.vase_evaluate_filter.output.metrics] if CONFIG.vase.truth else []
+    return [rules.vase_train_classifier.output.metrics, *scored]
+
+
+rule vase_quality:
+    input:
+        rules.vase_choose_threshold.output,
+
+
+rule vase_images:
+    input:
+        rules.vase_select_views.output,
+        rules.vase_audit_split.output,
+        vase_metrics(),

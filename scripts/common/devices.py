@@ -1,0 +1,39 @@
+"""From `--device` and a precision to an `accelerate.Accelerator`, with threads and determinism set."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from scripts.common.errors import KilnError
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(device: str, precision: str, threads: int, deterministic: bool = False) -> Accelerator:
+    """The accelerator of this process.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu" or "cuda:N".
+        precision: "fp32", "bf16" or "fp16"; half precisions are autocast, weights stay fp32.
+        threads: CPU threads of torch.
+        deterministic: only kernels whose result does not vary from run to run.
+
+    Raises:
+        KilnError: a GPU is asked for and there is none, or fp16 on a CPU.
+    """
+    torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise KilnError(f"--device {device}, but torch sees no GPU", "use --device auto, or run `make doctor`")
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and precision == "fp16":
+        raise KilnError("precision fp16 on a CPU", "set precision to fp32 or bf16 there")
+    if deterministic or on_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=on_cpu)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+    return Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision])

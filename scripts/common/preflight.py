@@ -1,0 +1,110 @@
+"""What a step makes sure of before it works: room on the disk, and memory on the device."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from scripts.common.errors import KilnError
+
+log = logging.getLogger("kiln")
+
+OPTIMISER_BYTES = 4  # torch keeps Adam's moments, and master copies, in float32
+
+
+def require_disk(path: Path, needed_bytes: int, what: str) -> None:
+    """Make sure that `needed_bytes` bytes are free where `path` is, or will be.
+
+    Args:
+        path: a file or folder; it need not exist.
+        needed_bytes: bytes that will be written there.
+        what: what they are for, in words, such as "the shards".
+
+    Raises:
+        KilnError: fewer are free, or `path` cannot be reached.
+    """
+    place = path.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise KilnError(
+            f"{path}: cannot be reached ({error.strerror})", "check the path and its permissions"
+        ) from error
+    if free < needed_bytes:
+        raise KilnError(
+            f"{path}: {what} need {in_gb(needed_bytes)}, and {in_gb(free)} are free on the disk of {place}",
+            "free some space, or point `results` (for models and data: HF_HOME) at another disk",
+        )
+
+
+def estimate_training_memory(
+    parameters: int,
+    trainable: int,
+    optimiser_states: int = 2,
+    dtype_bytes: float = 4,
+    activation_bytes: int = 0,
+    trainable_bytes: float | None = None,
+) -> int:
+    """Bytes that training needs on each device that holds the whole model (plain or data-parallel).
+
+    The sum is
+
+        weights      (parameters - trainable) * dtype_bytes + trainable * trainable_bytes
+        gradients    trainable * trainable_bytes
+        optimiser    trainable * optimiser_states * 4
+        activations  activation_bytes
+
+    which is the count of Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+    Models" (2020), section 3.1, with frozen weights set apart. Adam on float32 weights, and mixed precision
+    with float32 master weights (dtype_bytes=2, optimiser_states=3), both come to its 16 bytes per trained
+    parameter. It leaves out fragmentation, temporary buffers, and what CUDA takes for itself.
+
+    Args:
+        parameters: number of all parameters.
+        trainable: number of those that are trained; the others have no gradient and no optimiser state.
+        optimiser_states: float32 values that the optimiser keeps per trained parameter: 2 for Adam and AdamW,
+            1 for SGD with momentum, 0 for plain SGD, one more with a float32 master copy.
+        dtype_bytes: bytes per parameter: 4 for float32, 2 for bfloat16 and float16, about 0.5 for 4-bit.
+        activation_bytes: bytes kept for the backward pass; measured, for it depends on the model and batch.
+        trainable_bytes: bytes per trained parameter, where that differs (float32 adapters on a 4-bit model).
+    """
+    each = dtype_bytes if trainable_bytes is None else trainable_bytes
+    weights = (parameters - trainable) * dtype_bytes + trainable * each
+    return round(weights + trainable * each + trainable * optimiser_states * OPTIMISER_BYTES + activation_bytes)
+
+
+def require_vram(
+    needed: int, device: str, reduced_by: Sequence[str] = ("batch_size", "gradient_checkpointing")
+) -> None:
+    """Make sure that `needed` bytes are free on `device`; for the CPU this is only logged.
+
+    Args:
+        needed: bytes, as `estimate_training_memory` gives them.
+        device: `cpu`, `cuda` or `cuda:N`.
+        reduced_by: full names of the settings that lower the need, for the error's hint.
+
+    Raises:
+        KilnError: a GPU with fewer free bytes.
+    """
+    if device == "cpu":
+        free = psutil.virtual_memory().available
+        log.info("training needs about %s of memory; %s are available", in_gb(needed), in_gb(free))
+        return
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if free < needed:
+        raise KilnError(
+            f"{device}: training needs about {in_gb(needed)}; {in_gb(free)} of {in_gb(total)} are free",
+            f"change {' or '.join(reduced_by)}, or see with `nvidia-smi` who else uses this GPU",
+        )
+    log.info("training needs about %s of %s; %s are free", in_gb(needed), device, in_gb(free))
+
+
+def in_gb(number: float) -> str:
+    """Bytes as text in GB (1e9 bytes)."""
+    return f"{number / 1e9:.1f} GB"

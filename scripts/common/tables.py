@@ -1,0 +1,60 @@
+"""Parquet tables whose bytes depend on their rows alone, never on the order in which they were made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scripts.common.artefacts import atomic_path
+from scripts.common.errors import KilnError
+
+
+def write_table(path: Path, frame: pd.DataFrame, sort_by: Sequence[str], schema: pa.Schema | None = None) -> None:
+    """Write `frame`, sorted by columns that identify a row, as Parquet, atomically.
+
+    Raises:
+        KilnError: two rows share the same key.
+    """
+    keys = list(sort_by)
+    doubled = frame.duplicated(keys)
+    if doubled.any():
+        first = frame.loc[doubled, keys].iloc[0].to_dict()
+        raise KilnError(f"{path}: two rows for {first}", "each row needs a key of its own; look at the inputs")
+    ordered = frame.sort_values(keys, kind="stable").reset_index(drop=True)
+    table = pa.Table.from_pandas(ordered, schema=schema, preserve_index=False)
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(None), temporary)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The named columns of a Parquet or CSV table.
+
+    Raises:
+        KilnError: the file is missing or unreadable, or lacks a column.
+    """
+    try:
+        frame = pd.read_csv(path, dtype={"path": str, "vase": str}) if path.suffix == ".csv" else pd.read_parquet(path)
+    except FileNotFoundError:
+        raise KilnError(f"{path}: no such table", "check the path, or run the rule that makes it") from None
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise KilnError(f"{path}: unreadable table: {error}", "delete it and run again") from None
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise KilnError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(frame.columns)}", "check which table this is"
+        )
+    return frame[list(columns)]
+
+
+def reconcile(where: str, total: int, **parts: int) -> dict[str, int]:
+    """{"in": total, part: count, ...}, after checking that the parts add up to the whole.
+
+    Raises:
+        KilnError: something was lost or doubled.
+    """
+    if total != sum(parts.values()):
+        counts = " + ".join(f"{n} {name}" for name, n in parts.items())
+        raise KilnError(f"{where}: {total} in, but {counts} = {sum(parts.values())}", "this is a defect: report it")
+    return {"in": total, **parts}

@@ -1,0 +1,127 @@
+"""The whole configuration: one section per pipeline, and what is generated from them.
+
+python -m scripts.config --write    makes config/default.yaml and config/schema.json anew
+python -m scripts.config --check    fails, with a diff, when they are stale
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from scripts.common import settings
+from scripts.common.errors import KilnError
+from scripts.common.settings import Settings, execution
+from scripts.demo.settings import DemoSettings
+from scripts.vase.settings import VaseSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = (
+    "# yaml-language-server: $schema=schema.json\n"
+    "# Generated from the settings models by `make config`; do not edit. Your own values go into\n"
+    "# config/config.yaml (loaded on top of these), in the same form and as few as you like.\n"
+)
+
+
+class ResourceClass(Settings):
+    """What a class of rules asks of a machine."""
+
+    threads: int = execution(1, ge=1)
+    mem_mb: int = execution(2000, ge=500, description="with about 300 MB for Snakemake's own two processes")
+    runtime: int = execution(60, ge=1, description="minutes")
+    gpu: int = execution(0, ge=0)
+    gpu_model: str | None = execution(None)
+
+
+class ResourceClasses(Settings):
+    """The one table of resource classes; rules name a class, never numbers."""
+
+    light: ResourceClass = ResourceClass(threads=1, mem_mb=2000, runtime=60)
+    cpu: ResourceClass = ResourceClass(threads=8, mem_mb=16000, runtime=240)
+    gpu_single: ResourceClass = ResourceClass(threads=8, mem_mb=64000, runtime=720, gpu=1)
+    gpu_node: ResourceClass = ResourceClass(threads=64, mem_mb=480000, runtime=1440, gpu=8)
+
+
+class Config(Settings):
+    """All settings of a run."""
+
+    results: str = Field("results", description="folder of everything that is made")
+    models: str = Field("resources/models", description="folder of retrieved models")
+    device: str = execution("auto", description="auto, cpu or cuda:N, for every step with a model")
+    resources: ResourceClasses = ResourceClasses()
+    demo: DemoSettings = DemoSettings()
+    vase: VaseSettings = VaseSettings()
+
+
+def load(given: Mapping[str, Any], user_file: Path) -> Config:
+    """The configuration of a run: models, then the user's file, then what the command line gave.
+
+    Args:
+        given: Snakemake's `config` (from --configfile and --config); its key `set` holds dotted overrides.
+        user_file: config/config.yaml, if there is one.
+
+    Raises:
+        KilnError: an unknown key or a bad value, before any job.
+    """
+    given = dict(given)
+    overrides = given.pop("set", None)
+    values = settings.read_yaml(user_file) if user_file.is_file() else {}
+    values = settings.merge(values, given)
+    if overrides:
+        values = settings.merge(values, settings.parse_overrides(str(overrides)))
+    return settings.validate(Config, values, f"{user_file.name}, --configfile and --config")
+
+
+def section(config: Config, dotted: str) -> Any:
+    """The settings at a dotted place, such as `vase.classifier`."""
+    place: Any = config
+    for name in dotted.split("."):
+        place = getattr(place, name)
+    return place
+
+
+def to_yaml(config: Config) -> str:
+    """All values, in the models' order, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def generated() -> dict[Path, str]:
+    """{file: text} of what the models generate."""
+    schema = json.dumps(Config.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+    return {ROOT / "config/default.yaml": HEADER + to_yaml(Config()), ROOT / "config/schema.json": schema}
+
+
+def stale() -> str:
+    """A diff of the generated files against what the models say now; empty when they are up to date."""
+    lines = []
+    for path, text in generated().items():
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines += difflib.unified_diff(
+            old.splitlines(), text.splitlines(), str(path.relative_to(ROOT)), "now", lineterm=""
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--write", action="store_true", help="write the generated files")
+    choice.add_argument("--check", action="store_true", help="fail when they are stale")
+    if parser.parse_args().write:
+        for path, text in generated().items():
+            path.write_text(text, encoding="utf-8")
+    elif diff := stale():
+        raise KilnError(f"config/default.yaml or config/schema.json is stale:\n{diff}", "run `make config`")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KilnError as error:
+        sys.exit(f"Error: {error}")

@@ -1,0 +1,65 @@
+"""Gather the headline metrics of every pipeline into one summary.json, and print them.
+
+Rule `report_summarise`. Each metrics file holds a section `summary`: {metric: {value, baseline,
+baseline_kind, n, ci95, higher_is_better, ...}}.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.common import artefacts, step
+from scripts.common.errors import KilnError
+
+PIPELINES = ("vase",)
+
+
+def gather(files: Sequence[Path]) -> dict[str, dict]:
+    """The `summary` sections of metrics files as one.
+
+    Raises:
+        KilnError: a file has none, or a metric stands in two files.
+    """
+    metrics: dict[str, dict] = {}
+    for path in files:
+        found = artefacts.read_json(path).get("summary")
+        if not found:
+            raise KilnError(f"{path}: no section `summary`", "delete it and run again: an older Kiln made it")
+        doubled = metrics.keys() & found.keys()
+        if doubled:
+            raise KilnError(f"{path}: {', '.join(sorted(doubled))} stands in two files", "this is a defect: report it")
+        metrics |= found
+    return metrics
+
+
+def headline(pipeline: str, name: str, one: dict) -> str:
+    """One readable line of a metric against its baseline."""
+    low, high = one["ci95"]
+    against = f"   {one['baseline_kind']} {one['baseline']:.3f}" if one.get("baseline") is not None else ""
+    trivial = f"   trivial features {one['trivial']:.3f}" if one.get("trivial") is not None else ""
+    return f"{pipeline:6} {name:22} {one['value']:.3f} [{low:.3f}, {high:.3f}] n={one['n']}{against}{trivial}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = step.parser(__doc__)
+    for pipeline in PIPELINES:
+        made.add_argument(f"--{pipeline}", type=Path, nargs="*", default=[], help=f"metrics files of {pipeline}")
+    made.add_argument("--output", type=Path, required=True, help="summary.json")
+    run(made.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Summarise the metrics files that `args` name."""
+    files = {pipeline: getattr(args, pipeline) for pipeline in PIPELINES}
+    inputs = {f"{pipeline} {path.parent.name}": path for pipeline, paths in files.items() for path in paths}
+    record = step.record(args, "scripts.report.summarise", None, inputs)
+    summary = {pipeline: gather(paths) for pipeline, paths in files.items() if paths}
+    artefacts.write_json(args.output, summary)
+    for pipeline, metrics in summary.items():
+        for name, one in metrics.items():
+            step.log.info(headline(pipeline, name, one))
+    record.write(args.meta, [args.output])
+
+
+if __name__ == "__main__":
+    step.run(main)

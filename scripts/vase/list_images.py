@@ -1,0 +1,109 @@
+"""One manifest of all images: the shards' tables, with each file's vase and view from its name.
+
+Rule `vase_list_images`. Beside the manifest: `quarantine.tsv` (file, reason), `duplicates.tsv`
+(byte-identical files) and `summary.json` with the counts, which must add up.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from scripts.common import artefacts, step, tables
+from scripts.common.errors import KilnError
+from scripts.vase.inspect_images import SCHEMA
+from scripts.vase.settings import ListSettings
+
+
+def compile_pattern(pattern: str) -> re.Pattern:
+    """The view pattern, checked.
+
+    Raises:
+        KilnError: it is no regular expression, or lacks the groups `vase` and `view`.
+    """
+    hint = "set vase.list.view_pattern to an expression with (?P<vase>...) and (?P<view>...), or to null"
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise KilnError(f"vase.list.view_pattern {pattern!r} is not a regular expression: {error}", hint) from None
+    lacking = {"vase", "view"} - set(compiled.groupindex)
+    if lacking:
+        raise KilnError(f"vase.list.view_pattern {pattern!r} has no group {' or '.join(sorted(lacking))}", hint)
+    return compiled
+
+
+def add_views(frame: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
+    """`frame` with columns `vase` and `view` (text) and `matched` (bool), from each file's name.
+
+    A file that does not match is a vase of its own, named by its path, with the single view "1".
+    """
+    names = frame["path"].str.rpartition("/")[2]
+    if pattern is None:
+        return frame.assign(vase=frame["path"], view="1", matched=False)
+    compiled = compile_pattern(pattern)
+    matches = [compiled.search(name) for name in names]
+    vase = [m["vase"] if m else path for m, path in zip(matches, frame["path"], strict=True)]
+    view = [m["view"] if m else "1" for m in matches]
+    return frame.assign(vase=vase, view=view, matched=[m is not None for m in matches])
+
+
+def find_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows (sha256, path) of readable files that share their bytes with another file."""
+    readable = frame[frame["status"] == "ok"]
+    doubled = readable[readable.duplicated("sha256", keep=False)]
+    return doubled.sort_values(["sha256", "path"])[["sha256", "path"]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = step.parser(__doc__, ListSettings)
+    made.add_argument("--shards", type=Path, nargs="+", required=True, help="tables of rule vase_inspect_images")
+    made.add_argument("--ignored", type=int, default=0, help="files in the folder that are no images by their ending")
+    made.add_argument("--output-folder", type=Path, required=True, help="where the manifest and its companions go")
+    run(made.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """List the images of the shards that `args` name."""
+    values = step.read_settings(args)
+    record = step.record(args, "scripts.vase.list_images", values, {p.stem: p for p in args.shards})
+    parts = [tables.read_table(path, SCHEMA.names) for path in args.shards]
+    frame = add_views(pd.concat(parts, ignore_index=True), values.view_pattern)
+    if values.view_pattern is not None and not frame["matched"].any():
+        raise KilnError(
+            f"vase.list.view_pattern {values.view_pattern!r} matches none of {len(frame)} file names, "
+            f"such as {frame['path'].iloc[0]!r}",
+            "fit the pattern to your file names, or set it to null: then each file is a vase of its own",
+        )
+    ok, bad = frame[frame["status"] == "ok"], frame[frame["status"] == "quarantined"]
+    if len(ok) == 0:
+        first = bad.iloc[0]
+        raise KilnError(
+            f"none of {len(frame)} images can be read; the first, {first['path']}: {first['reason']}",
+            "check the folder vase.images",
+        )
+    duplicates = find_duplicates(frame)
+    counts = tables.reconcile("vase_list_images", len(frame), ok=len(ok), quarantined=len(bad))
+    summary = {
+        **counts,
+        "not_images_by_name": args.ignored,
+        "reasons": bad["reason"].str.partition(":")[0].value_counts().sort_index().to_dict(),
+        "vases": int(ok["vase"].nunique()),
+        "views_per_vase": {str(k): int(v) for k, v in ok.groupby("vase").size().value_counts().sort_index().items()},
+        "unmatched_names": int((~frame["matched"]).sum()),
+        "identical_files": len(duplicates),
+    }
+    folder = args.output_folder
+    outputs = [folder / name for name in ("manifest.parquet", "quarantine.tsv", "duplicates.tsv", "summary.json")]
+    tables.write_table(outputs[0], frame, ["path"])
+    bad = bad.sort_values("path")[["path", "reason"]]
+    artefacts.write_text(outputs[1], bad.to_csv(sep="\t", index=False))
+    artefacts.write_text(outputs[2], duplicates.to_csv(sep="\t", index=False))
+    artefacts.write_json(outputs[3], summary)
+    step.log.info("%s", summary)
+    record.write(args.meta, outputs, items=len(frame))
+
+
+if __name__ == "__main__":
+    step.run(main)

@@ -1,0 +1,174 @@
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+from PIL import Image
+
+from scripts.common import plots
+from scripts.common.errors import KilnError
+
+CHINESE = "花瓶质量分类 quality"
+
+
+def _curves(path):
+    plots.curves(path, {CHINESE: (range(50), np.linspace(1, 0.1, 50))}, "step", "loss", CHINESE, {"chance": 1.1})
+
+
+def _confusion(path):
+    plots.confusion_matrix(path, [[8, 2], [1, 9]], ["青花", "a rather long name"], CHINESE)
+
+
+def _distribution(path):
+    plots.distribution(path, np.arange(100) ** 2, CHINESE, "分数", {"threshold": 400})
+
+
+def _funnel(path):
+    plots.funnel(path, [("raw 原始", 100), ("kept", 60), ("best", 0)], CHINESE)
+
+
+def _sheet(path):
+    tiles = [plots.Tile(Image.new("RGB", (30, 20), "navy"), CHINESE * 9, mark) for mark in ("good", "bad", None)]
+    plots.contact_sheet(path, [("行", tiles), ("none", [plots.Tile(None, "gone")])], CHINESE)
+
+
+FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet]
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_equal_data_give_equal_bytes_and_no_warning(draw, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a missing glyph is a warning
+        draw(tmp_path / "a.png")
+        with matplotlib.rc_context({"font.size": 30, "savefig.bbox": "tight"}):  # somebody's own matplotlibrc
+            draw(tmp_path / "b.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert data == (tmp_path / "b.png").read_bytes()
+    assert b"Matplotlib" not in data and b"tEXt" not in data
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_another_process_makes_the_same_bytes(tmp_path):
+    code = "import sys; from pathlib import Path; from tests import test_plots; test_plots._curves(Path(sys.argv[1]))"
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], check=True, cwd=root, env=os.environ | {"TZ": "X"})
+    _curves(tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(("draw", "size"), [(_curves, (825, 506)), (_distribution, (825, 462)), (_funnel, (902, 313))])
+def test_size_in_pixels(draw, size, tmp_path):
+    draw(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == pytest.approx(size, abs=1)
+
+
+def test_chinese_comes_from_the_packaged_font(tmp_path, monkeypatch):
+    with plots.style():
+        found = font_manager.findfont(plots.CJK_FAMILY, fallback_to_default=False)
+    assert Path(found) == plots.cjk_font_file()
+    assert all(ord(letter) in FT2Font(found).get_charmap() for letter in CHINESE)
+    monkeypatch.setattr(plots, "_families", lambda: ["DejaVu Sans"])
+    with pytest.warns(UserWarning, match="missing from font"):  # so the warning would tell us
+        _curves(tmp_path / "a.png")
+
+
+def test_without_the_font_there_is_a_figure_and_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    for cached in (plots.cjk_font_file, plots._families, plots._font):
+        cached.cache_clear()
+    try:
+        plots.funnel(tmp_path / "a.png", [("raw", 3)], "title")
+        plots.contact_sheet(tmp_path / "b.png", [("row", [plots.Tile(None, "x")])], "title")
+    finally:
+        monkeypatch.undo()
+        for cached in (plots.cjk_font_file, plots._families, plots._font):
+            cached.cache_clear()
+    assert [r.message for r in caplog.records if "mplfonts" in r.message] == [caplog.records[0].message]
+
+
+def test_settings_of_the_caller_come_back(tmp_path):
+    before = dict(matplotlib.rcParams)
+    _curves(tmp_path / "a.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_sheet_shows_marks_and_pictures(tmp_path):
+    tiles = [plots.Tile(Image.new("RGB", (100, 100), "navy"), "", mark) for mark in ("good", "bad", None)]
+    plots.contact_sheet(tmp_path / "a.png", [("", tiles)], "t", size=100)
+    colours = Image.open(tmp_path / "a.png").convert("RGB").getcolors(100_000)
+    colours = {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in colours}
+    assert {plots.GOOD, plots.BAD, "#000080"} <= colours
+
+
+def test_sheet_reads_files_and_breaks_long_rows(tmp_path):
+    Image.new("RGB", (2000, 1000), "teal").save(tmp_path / "large.jpg")
+    heights = []
+    for n in (3, 9):
+        tiles = [plots.Tile(tmp_path / "large.jpg", f"{i}") for i in range(n)]
+        plots.contact_sheet(tmp_path / "a.png", [("row", tiles)], "t", columns=3, size=80)
+        with Image.open(tmp_path / "a.png") as image:
+            heights.append(image.height)
+    assert heights[1] > heights[0] + 2 * 80
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_sheet_with_a_bad_file_says_which(content, tmp_path):
+    bad = tmp_path / "bad.png"
+    if content is not None:
+        bad.write_bytes(content)
+    with pytest.raises(KilnError, match=r"bad\.png"):
+        plots.contact_sheet(tmp_path / "a.png", [("row", [plots.Tile(bad)])], "t")
+    assert not (tmp_path / "a.png").exists()
+
+
+@given(st.text(max_size=120), st.integers(30, 200), st.integers(0, 4))
+@settings(deadline=None, max_examples=60)
+def test_captions_stay_in_their_box(text, width, lines):
+    font = plots._font(13)
+    made = plots._wrapped(text, font, width, lines)
+    assert len(made) <= lines
+    assert all(font.getlength(line) <= width + 1 for line in made)
+    if made and not made[-1].endswith("…"):
+        assert "".join("".join(made).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: plots.curves(p, {}, "x", "y", "t"),
+        lambda p: plots.curves(p, {"a": ([1, 2], [1])}, "x", "y", "t"),
+        lambda p: plots.confusion_matrix(p, [[1, 2], [3, 4]], ["a"], "t"),
+        lambda p: plots.distribution(p, [], "t", "x"),
+        lambda p: plots.distribution(p, [1, float("nan")], "t", "x"),
+        lambda p: plots.funnel(p, [], "t"),
+        lambda p: plots.funnel(p, [("a", -1)], "t"),
+        lambda p: plots.contact_sheet(p, [("a", [plots.Tile(None)] * 9000)], "t"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(call, tmp_path):
+    with pytest.raises(KilnError):
+        call(tmp_path / "a.png")
+
+
+def test_odd_data_are_drawn(tmp_path):
+    plots.curves(tmp_path / "a.png", {"a": ([0, 1, 2], [1, float("nan"), 3])}, "x", "y", "t")
+    plots.confusion_matrix(tmp_path / "b.png", np.eye(100, dtype=int), [str(i) for i in range(100)], "many")
+    plots.confusion_matrix(tmp_path / "c.png", [[0, 0, 1], [0, 0, 0]], ["a", "b"], "t", columns=["a", "b", "none"])
+    plots.distribution(tmp_path / "d.png", [0.0] * 1000 + [1e9], "t", "x")
+    plots.funnel(tmp_path / "e.png", [("nothing", 0), ("nothing still", 0)], "t")
+    plots.contact_sheet(tmp_path / "f.png", [], "nothing")
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_unknown_mark_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="mark"):
+        plots.contact_sheet(tmp_path / "a.png", [("row", [plots.Tile(None, "", "ugly")])], "t")
