@@ -327,7 +327,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) 
         if fits == len(rest):
             return [*made, rest]
         if len(made) == lines - 1:
-            kept = _fitting(rest, font, width - font.getlength("…"))
+            kept = _fitting(rest, font, width, "…")
             return [*made, rest[:kept].rstrip() + "…"]
         space = rest.rfind(" ", 0, fits + 1)
         cut = space if space > fits // 2 else fits
@@ -336,11 +336,12 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) 
     return made
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float, tail: str = "") -> int:
+    """How many letters of `text`, with `tail` after them, are at most `width` pixels wide."""
     low, high = 1, len(text)  # at least one letter, or wrapping would not end
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+        low, high = (middle, high) if font.getlength(text[:middle] + tail) <= width else (low, middle - 1)
     return low
 
 

@@ -31,7 +31,8 @@ def spoil_vase(surface: Surface, flaw: str, shot: Shot, rng: np.random.Generator
     if flaw == "shards":
         return _shatter(surface, rng)
     if flaw == "broken":
-        return _pierce(surface, shot, rng) if rng.random() < 0.5 else _decapitate(surface, rng)
+        # from below a missing mouth is not seen
+        return _pierce(surface, shot, rng) if shot.elevation < -30 or rng.random() < 0.5 else _decapitate(surface, rng)
     return surface
 
 
@@ -67,7 +68,7 @@ def _decapitate(surface: Surface, rng: np.random.Generator) -> Surface:
 def _pierce(surface: Surface, shot: Shot, rng: np.random.Generator) -> Surface:
     """A large hole, where the camera sees it."""
     tall = float(surface.height.max())
-    middle = rng.uniform(0.45, 0.75) if shot.elevation > 0 else rng.uniform(0.3, 0.55)
+    middle = rng.uniform(0.45, 0.75) if shot.elevation > -30 else rng.uniform(0.25, 0.4)
     towards = np.deg2rad(shot.azimuth) + rng.uniform(-0.5, 0.5)
     apart = (surface.angle - towards + np.pi) % (2 * np.pi) - np.pi
     wide = float(np.hypot(surface.xyz[0], surface.xyz[2]).max())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
+from scripts.report.headlines import headlines
 
 PIPELINES = ("vase",)
 
@@ -32,14 +33,6 @@ def gather(files: Sequence[Path]) -> dict[str, dict]:
     return metrics
 
 
-def headline(pipeline: str, name: str, one: dict) -> str:
-    """One readable line of a metric against its baseline."""
-    low, high = one["ci95"]
-    against = f"   {one['baseline_kind']} {one['baseline']:.3f}" if one.get("baseline") is not None else ""
-    trivial = f"   trivial features {one['trivial']:.3f}" if one.get("trivial") is not None else ""
-    return f"{pipeline:6} {name:22} {one['value']:.3f} [{low:.3f}, {high:.3f}] n={one['n']}{against}{trivial}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     made = step.parser(__doc__)
     for pipeline in PIPELINES:
@@ -55,9 +48,8 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.report.summarise", None, inputs)
     summary = {pipeline: gather(paths) for pipeline, paths in files.items() if paths}
     artefacts.write_json(args.output, summary)
-    for pipeline, metrics in summary.items():
-        for name, one in metrics.items():
-            step.log.info(headline(pipeline, name, one))
+    for line in headlines(summary):
+        step.log.info("%s", line)
     record.write(args.meta, [args.output])
 
 

@@ -39,7 +39,7 @@ def add_views(frame: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
 
     A file that does not match is a vase of its own, named by its path, with the single view "1".
     """
-    names = frame["path"].str.rpartition("/")[2]
+    names = frame["path"].str.split("/").str[-1]
     if pattern is None:
         return frame.assign(vase=frame["path"], view="1", matched=False)
     compiled = compile_pattern(pattern)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     summary = {
         **counts,
         "not_images_by_name": args.ignored,
-        "reasons": bad["reason"].str.partition(":")[0].value_counts().sort_index().to_dict(),
+        "reasons": bad["reason"].str.split(":").str[0].value_counts().sort_index().to_dict(),
         "vases": int(ok["vase"].nunique()),
         "views_per_vase": {str(k): int(v) for k, v in ok.groupby("vase").size().value_counts().sort_index().items()},
         "unmatched_names": int((~frame["matched"]).sum()),

@@ -1,0 +1,67 @@
+# Every target prints the command that it runs; type those yourself whenever you like.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements.lock
+INSTALLED := $(VENV)/installed
+CORES ?= all
+DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
+
+.PHONY: help install demo test lint format config dag doctor lock clean-env clean-demo
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# The stamp holds the lock's checksum, so that a checkout of another commit reinstalls what differs.
+install: $(INSTALLED) ## the locked environment in .venv
+
+$(INSTALLED): $(LOCK)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Error: $(PYTHON) is Python {v[0]}.{v[1]}, expected 3.11 or newer.\nHint: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
+	@[ "$$(uname -sm)" = "Linux x86_64" ] || { echo "Error: the lock is for Linux x86_64, this is $$(uname -sm)."; echo "Hint: use a Linux machine or container."; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo "Hint: install your system's venv package (Debian: python3-venv)."; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet $$(grep '^uv==' $(LOCK))
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement $(LOCK)
+	@touch $@
+
+demo: install ## every rule on embedded data; ends with the headline numbers
+	$(DEMO)
+	@echo
+	@$(BIN)/python -m scripts.report.headlines results/demo/summary.json
+	@echo "report: results/demo/report.html"
+
+test: install ## all tests that this machine can run
+	$(BIN)/python -m pytest
+
+lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint --configfile config/demo.yaml
+	$(BIN)/python -m scripts.config --check
+	$(BIN)/python -m scripts.envs --check
+
+format: install ## ruff and snakefmt, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile rules
+
+config: install ## make config/default.yaml, config/schema.json and envs/*.yaml anew
+	$(BIN)/python -m scripts.config --write
+	$(BIN)/python -m scripts.envs --write
+
+dag: install ## docs/dag.svg, the picture of all rules (needs graphviz)
+	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot > docs/dag.dot
+	dot -Tsvg docs/dag.dot -o docs/dag.svg
+
+doctor: install ## versions, driver, GPUs, disk, hub: a line each
+	$(BIN)/python -m scripts.common.doctor
+
+lock: install ## resolve requirements.in anew into the lock
+	$(BIN)/uv pip compile requirements.in --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file $(LOCK)
+
+clean-demo: ## remove results/demo
+	rm -rf results/demo
+
+clean-env: ## remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,29 @@
+"""Print the headline numbers of a summary.json, a line each.
+
+python -m scripts.report.headlines results/demo/summary.json
+"""
+
+import sys
+from pathlib import Path
+
+from scripts.common.artefacts import read_json
+
+
+def headline(pipeline: str, name: str, one: dict) -> str:
+    """One readable line of a metric: value, interval, count, baseline, and what trivial features reach."""
+    low, high = one["ci95"]
+    line = f"{pipeline:6} {name:20} {one['value']:.3f} [{low:.3f}, {high:.3f}]  n = {one['n']:<6}"
+    if one.get("baseline") is not None:
+        line += f"  {one['baseline_kind'].replace('_', ' ')}: {one['baseline']:.3f}"
+    if one.get("trivial") is not None:
+        line += f"  trivial features: {one['trivial']:.3f}"
+    return line
+
+
+def headlines(summary: dict) -> list[str]:
+    """All lines of a summary."""
+    return [headline(pipeline, name, one) for pipeline, metrics in summary.items() for name, one in metrics.items()]
+
+
+if __name__ == "__main__":
+    print("\n".join(headlines(read_json(Path(sys.argv[1])))))
