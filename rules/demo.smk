@@ -27,7 +27,7 @@ checkpoint demo_draw_vases:
     resources:
         **class_resources("cpu"),
     params:
-        settings=numerics("demo"),
+        settings=numerics("demo.draw"),
         code=code_key("scripts.demo.draw_vases"),
         folder=subpath(output.listing, parent=True),
     message:
@@ -60,7 +60,7 @@ rule demo_train_clip:
     resources:
         **class_resources("cpu"),
     params:
-        settings=numerics("demo"),
+        settings=numerics("demo.clip"),
         code=code_key("scripts.demo.train_clip"),
         folder=subpath(output.meta, parent=True),
         data=subpath(input.listing, parent=True),

@@ -17,7 +17,8 @@ from scripts.common.errors import KilnError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Says who it is in the file argv[1], then lives until the file argv[1].end holds its exit status.
+# Says who it is in the file argv[1], then lives until the file argv[1].end holds its exit status; not for ever,
+# so that a failing test leaves nothing behind.
 TOY = """
 import json, os, pathlib, signal, sys, time
 place, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1] + ".end")
@@ -25,7 +26,9 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
 facts = {"pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "argv": sys.argv[2:]}
 place.with_suffix(".part").write_text(json.dumps(facts))
 place.with_suffix(".part").rename(place)
-while not end.exists():
+for _ in range(6000):
+    if end.exists():
+        break
     time.sleep(0.02)
 status = int(end.read_text())
 os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
@@ -142,11 +145,12 @@ def test_killed_step_ends_the_launcher(start, tmp_path):
     assert launcher.wait(30) == 137
 
 
-def test_sigterm_reaches_the_step(start, tmp_path):
+@pytest.mark.parametrize(("number", "seen"), [(signal.SIGTERM, 5), (signal.SIGINT, 130)])
+def test_signals_reach_the_step(start, tmp_path, number, seen):
     launcher = start(step=("toy_step", str(tmp_path / "a")))
     facts(tmp_path / "a")
-    launcher.terminate()
-    assert launcher.wait(30) == 5  # what the toy ends with when it is asked to
+    launcher.send_signal(number)
+    assert launcher.wait(30) == seen  # the toy ends with 5 when it is asked to, and of an interrupt as Python does
 
 
 def test_sigterm_ends_the_wait(start, tmp_path):

@@ -1,0 +1,170 @@
+"""A small hub on this machine: model repos by the routes of the Hugging Face hub, plain files, and faults on demand.
+
+    with HubServer() as hub:
+        hub.repos["me/model"] = {"config.json": b"{}"}
+        hub.files["weights.pth"] = b"..."       # at hub.url + "/files/weights.pth"
+        hub.cuts["config.json"] = [1000]        # the next answer breaks off after 1000 bytes, the one after is whole
+        hub.unavailable = 2                     # the next two answers are 503
+        hub.gated["me/model"] = "the-token"     # files need it: 401 without a token, 403 with another
+
+`hub.log` holds what was asked: (method, path, Range, Authorization).
+"""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+import urllib.parse
+
+
+class HubServer:
+    """The server's state; faults may be set while it runs."""
+
+    def __init__(self):
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.files: dict[str, bytes] = {}
+        self.cuts: dict[str, list[int]] = {}
+        self.gated: dict[str, str] = {}
+        self.unavailable = 0
+        self.log: list[tuple[str, str, str | None, str | None]] = []
+        self.lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def commit(self, repo: str) -> str:
+        """The commit of a repo as it is now: a hash over its files."""
+        digest = hashlib.sha1()
+        for name, data in sorted(self.repos[repo].items()):
+            digest.update(f"{name}\0{len(data)}\0".encode() + data)
+        return digest.hexdigest()
+
+    def asked(self, pattern: str) -> list[tuple[str, str, str | None, str | None]]:
+        """The requests so far whose "METHOD path" matches a regular expression."""
+        return [entry for entry in self.log if re.search(pattern, f"{entry[0]} {entry[1]}")]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.hub
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        with hub.lock:
+            hub.log.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
+            refuse, hub.unavailable = hub.unavailable > 0, max(0, hub.unavailable - 1)
+        if refuse:
+            return self._json(503, {"error": "busy"})
+        if path.startswith("/files/"):
+            name = path.removeprefix("/files/")
+            if name not in hub.files:
+                return self._json(404, {"error": "not found"})
+            return self._send(name, hub.files[name], {"ETag": f'"{_sha256(hub.files[name])}"'})
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/(.+)|/tree/(.+))?", path):
+            repo, _, revision, tree = found.groups()
+            if not self._known(repo, revision or tree):
+                return None
+            return self._json(200, self._tree(repo) if tree else self._info(repo))
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            repo, revision, name = found.groups()
+            if not self._known(repo, revision) or not self._allowed(repo):
+                return None
+            if name not in hub.repos[repo]:
+                return self._json(404, {"error": "no file"}, {"X-Error-Code": "EntryNotFound"})
+            data = hub.repos[repo][name]
+            etag = _sha256(data) if _is_lfs(name) else _blob(data)
+            return self._send(name, data, {"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit(repo)})
+        return self._json(404, {"error": "no route"}, {"X-Error-Code": "RepoNotFound"})
+
+    def _known(self, repo: str, revision: str | None) -> bool:
+        # Without a login the real hub answers 401 for a repo that does not exist.
+        if repo not in self.hub.repos:
+            self._json(401, {"error": "no repo"}, {"X-Error-Code": "RepoNotFound"})
+            return False
+        if revision not in (None, "main", self.hub.commit(repo)):
+            self._json(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
+            return False
+        return True
+
+    def _allowed(self, repo: str) -> bool:
+        token = self.hub.gated.get(repo)
+        given = self.headers.get("Authorization")
+        if token is None or given == f"Bearer {token}":
+            return True
+        self._json(403 if given else 401, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
+        return False
+
+    def _info(self, repo: str) -> dict:
+        siblings = [{"rfilename": name} for name in self.hub.repos[repo]]
+        facts = {"_id": "1", "id": repo, "sha": self.hub.commit(repo), "private": False, "disabled": False}
+        return facts | {"gated": "auto" if repo in self.hub.gated else False, "tags": [], "siblings": siblings}
+
+    def _tree(self, repo: str) -> list[dict]:
+        entries = []
+        for name, data in sorted(self.hub.repos[repo].items()):
+            entry = {"type": "file", "path": name, "size": len(data), "oid": _blob(data)}
+            if _is_lfs(name):
+                entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": 130}
+            entries.append(entry)
+        return entries
+
+    def _json(self, status: int, value, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        self._head(status, len(body), {"Content-Type": "application/json", **(headers or {})})
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _send(self, name: str, data: bytes, headers: dict[str, str]) -> None:
+        start, status = 0, 200
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if asked and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
+            start, status = int(asked[1]), 206
+            if start >= len(data):
+                return self._head(416, 0, {"Content-Range": f"bytes */{len(data)}"})
+            headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        self._head(status, len(data) - start, headers)
+        if self.command == "HEAD":
+            return None
+        with self.hub.lock:
+            cuts = self.hub.cuts.get(name)
+            stop = start + cuts.pop(0) if cuts else len(data)
+        self.wfile.write(data[start:stop])
+        if stop < len(data):
+            self.wfile.flush()
+            self.close_connection = True
+        return None
+
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+
+def _is_lfs(name: str) -> bool:
+    return name.endswith((".safetensors", ".pt", ".pth"))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
