@@ -21,7 +21,6 @@ include: "rules/report.smk"
 localrules:
     all,
     report,
-    vase,
     vase_images,
     vase_quality,
 

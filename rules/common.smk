@@ -1,13 +1,13 @@
 """
-What all rule files share: the configuration, the command prefix of steps, resources, model folders.
+What every other .smk file shares: configuration, the command prefix of steps, resources, model folders.
 
 REQUIRED INPUTS: none; config/config.yaml of the working directory is read if it is there.
 
 OUTPUTS: {results}/config.yaml, the resolved configuration of this run.
 
-Steps are called as `{STEP} scripts.<pipeline>.<step>`, from any working directory and from a
-`module:`. A rule's params hold only the numerics that its step reads; execution settings reach the
-command line through EXECUTION, outside params, so that changing them reruns nothing.
+Steps are called as `{params.step} scripts.<pipeline>.<step>`, from any working directory and from a
+`module:`. A rule's params record only the numerics that its step reads and its code key; execution
+settings, paths of this machine and the like pass through `outside`, so that changing them reruns nothing.
 """
 
 import functools
@@ -20,7 +20,7 @@ ROOT = str(Path(str(workflow.current_basedir)).parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from snakemake.exceptions import WorkflowError
+from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
@@ -28,6 +28,8 @@ from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import write_text
 from scripts.common.code_key import code_key
 from scripts.common.errors import KilnError
+from scripts.common.images import EXTENSIONS
+from scripts.common.shards import ShardTable, refresh, scan
 from scripts.retrieve.models import read_table as read_models
 
 
@@ -49,7 +51,7 @@ MODELS = or_stop(read_models, Path(MODELS_TABLE))
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
-STEP_ONLINE = f"env PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
+STEP_ONLINE = f"env HF_HUB_OFFLINE=0 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 STEP = f"env HF_HUB_OFFLINE=1 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 
 
@@ -61,14 +63,14 @@ def numerics(place=None, /, **places):
     return kiln_settings.to_json({n: kiln_settings.of_kind(v, "numerics") for n, v in values.items()})
 
 
-class _Execution(dict):
-    """EXECUTION[place]: the execution settings of a section as JSON, for use in shell commands."""
-
-    def __missing__(self, place):
-        return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), "execution"))
+def execution(place):
+    """The execution settings of a section as JSON; give them to `outside`."""
+    return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), "execution"))
 
 
-EXECUTION = _Execution()
+def outside(value):
+    """A param that no result depends on: Snakemake neither records nor compares what asks for `output`."""
+    return lambda wildcards, output: value
 
 
 GPUS = {
@@ -96,11 +98,6 @@ def class_resources(name):
     return wanted
 
 
-def model_folder(name):
-    """The folder of a model: retrieved if config/models.csv names it, else the path itself."""
-    return f"{CONFIG.models}/{name}" if name in MODELS else name
-
-
 def model_files(name, *files):
     """What a rule that uses a model waits for; `files` are those of a model given by its path."""
     if name in MODELS:
@@ -116,6 +113,66 @@ def model_file(name):
     if len(files) != 1:
         raise WorkflowError(f"{name} in config/models.csv has {len(files)} files, expected one\nHint: give a path")
     return f"{CONFIG.models}/{name}/{files[0]}"
+
+
+def drawn(path):
+    """An input function: what must be made before a folder or table of the demo can be read; else nothing."""
+
+    def wait(wildcards):
+        ours = path and path.startswith(f"{RESULTS}/demo/draw_")
+        return [checkpoints.demo_draw_vases.get().output.listing] if ours else []
+
+    return wait
+
+
+def once_drawn(path, function):
+    """A params function: what `function` finds in a folder; nothing while the demo has yet to draw it."""
+
+    def found(wildcards):
+        try:
+            drawn(path)(wildcards)
+        except IncompleteCheckpointException:
+            return None
+        return or_stop(function, wildcards)
+
+    return found
+
+
+def optional_table(path):
+    """An input function: the table of that path; the drawing that makes it, if it is the demo's; or nothing."""
+    return lambda wildcards: drawn(path)(wildcards) or ([path] if path else [])
+
+
+def folder_digest(folder):
+    """A params function: digest of names, sizes and mtimes of a small folder's images."""
+    scanned = functools.cache(lambda: ShardTable({"all": scan(Path(folder), EXTENSIONS).items}).digest("all"))
+    return once_drawn(folder, lambda wildcards: scanned())
+
+
+class ShardedFolder:
+    """A folder of images in append-only shards: scanned once by the main process, read by its jobs.
+
+    `digest` and `ignored` are params functions; `expand(pattern)` is an input function.
+    """
+
+    def __init__(self, pipeline, folder, per_shard):
+        self.folder, self.per_shard = folder, per_shard
+        self.table = f"{STATE}/{pipeline}/shards.parquet"
+        self.digest = once_drawn(folder, lambda wildcards: self.now().digest(wildcards.shard))
+        self.ignored = once_drawn(folder, lambda wildcards: self.now().ignored)
+
+    @functools.cache
+    def now(self):
+        if workflow.is_main_process:
+            return refresh(Path(self.table), Path(self.folder), EXTENSIONS, self.per_shard, not workflow.dryrun)
+        return ShardTable.load(Path(self.table))
+
+    def expand(self, pattern):
+        def paths(wildcards):
+            drawn(self.folder)(wildcards)
+            return [pattern.format(shard=shard) for shard in or_stop(self.now).names()]
+
+        return paths
 
 
 onstart:

@@ -27,13 +27,14 @@ checkpoint demo_draw_vases:
     resources:
         **class_resources("cpu"),
     params:
+        step=outside(STEP),
         settings=numerics("demo.draw"),
         code=code_key("scripts.demo.draw_vases"),
         folder=subpath(output.listing, parent=True),
     message:
         "Draw the demo's vases"
     shell:
-        "{STEP} scripts.demo.draw_vases"
+        "{params.step} scripts.demo.draw_vases"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
@@ -60,6 +61,7 @@ rule demo_train_clip:
     resources:
         **class_resources("cpu"),
     params:
+        step=outside(STEP),
         settings=numerics("demo.clip"),
         code=code_key("scripts.demo.train_clip"),
         folder=subpath(output.meta, parent=True),
@@ -67,8 +69,8 @@ rule demo_train_clip:
     message:
         "Train the demo's small CLIP on pictures of other vases"
     shell:
-        "{STEP} scripts.demo.train_clip"
-        " --data {params.data:q}/clip"
+        "{params.step} scripts.demo.train_clip"
+        " --data {params.data:q}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"

@@ -13,7 +13,7 @@ STEPS: summarise, render.
 
 rule report_summarise:
     input:
-        vase=vase_metrics(),
+        vase=VASE_METRICS,
         targets=rules.vase_images.input,
     output:
         summary=f"{RESULTS}/summary.json",
@@ -28,11 +28,12 @@ rule report_summarise:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
         code=code_key("scripts.report.summarise"),
     message:
         "Summarise the headline numbers"
     shell:
-        "{STEP} scripts.report.summarise"
+        "{params.step} scripts.report.summarise"
         " --vase {input.vase:q}"
         " --output {output.summary:q}"
         " --code-key {params.code}"
@@ -56,11 +57,13 @@ rule report_render:
     resources:
         **class_resources("light"),
     params:
-        snakefile=f"{ROOT}/Snakefile",
+        python=outside(PYTHON),
+        snakefile=outside(f"{ROOT}/Snakefile"),
+        config=outside(f"{RESULTS}/config.yaml"),
     message:
         "Render the report"
     shell:
-        "{PYTHON} -m snakemake --snakefile {params.snakefile:q} --configfile {RESULTS}/config.yaml"
+        "{params.python} -m snakemake --snakefile {params.snakefile:q} --configfile {params.config:q}"
         " --report {output.page:q} --nolock {input.summary:q}"
         " 2>&1 | tee {log:q}"
 

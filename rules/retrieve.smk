@@ -24,7 +24,7 @@ rule retrieve_model:
         listing=f"{CONFIG.models}/{{name}}/files.json",
         meta=f"{CONFIG.models}/{{name}}/meta.json",
     log:
-        f"{RESULTS}/logs/retrieve_model/{{name}}.log",
+        f"{LOGS}/retrieve_model/{{name}}.log",
     benchmark:
         f"{BENCHMARKS}/retrieve_model/{{name}}.tsv"
     wildcard_constraints:
@@ -34,16 +34,19 @@ rule retrieve_model:
         "../envs/retrieve.yaml"
     threads: 1
     params:
+        step=outside(STEP_ONLINE),
         row=lambda wildcards: MODELS[wildcards.name].identity(),
         code=code_key("scripts.retrieve.model"),
-        folder=f"{CONFIG.models}/{{name}}",
+        table=outside(MODELS_TABLE),
+        lock=outside(MODELS_LOCK),
+        folder=subpath(output.meta, parent=True),
     message:
         "Retrieve model {wildcards.name}"
     shell:
-        "{STEP_ONLINE} scripts.retrieve.model"
+        "{params.step} scripts.retrieve.model"
         " --name {wildcards.name:q}"
-        " --models {MODELS_TABLE:q}"
-        " --lock {MODELS_LOCK:q}"
+        " --models {params.table:q}"
+        " --lock {params.lock:q}"
         " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --meta {output.meta:q}"

@@ -23,65 +23,14 @@ STEPS: inspect (by shard), list, split, train, classify (by shard), embed (by sh
 threshold, accept, select, audit, evaluate.
 """
 
-from scripts.common import images as kiln_images
-from scripts.common.shards import ShardTable, refresh as refresh_shards, scan as scan_folder
-
 VASE = f"{RESULTS}/vase"
-VASE_SHARD_TABLE = Path(STATE, "vase", "shards.parquet")
+VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard)
 VASE_CLASSIFIER_CODE = ("scripts.vase.classifier", "scripts.vase.classifier_training")
-
-
-def vase_source(path):
-    """What must exist before a folder or table that the user names can be read: the demo's, if it is one."""
-    return [checkpoints.demo_draw_vases.get().output.listing] if path.startswith(f"{DEMO}/draw_vases/") else []
-
-
-@functools.cache
-def vase_shard_table():
-    """The shards of the raw folder: scanned once by the main process, read by its jobs."""
-    if not workflow.is_main_process:
-        return or_stop(ShardTable.load, VASE_SHARD_TABLE)
-    return or_stop(
-        refresh_shards,
-        VASE_SHARD_TABLE,
-        Path(CONFIG.vase.images),
-        kiln_images.EXTENSIONS,
-        CONFIG.vase.images_per_shard,
-        not workflow.dryrun,
-    )
-
-
-def vase_shards():
-    """Names of all shards; waits for the demo's drawing."""
-    vase_source(CONFIG.vase.images)
-    return vase_shard_table().names()
-
-
-def vase_of_shards(pattern):
-    """An input function: `pattern` for each shard."""
-    return lambda wildcards: [pattern.format(shard=shard) for shard in vase_shards()]
-
-
-@functools.cache
-def vase_labelled_digest():
-    """Digest of names, sizes and mtimes of the labelled folder."""
-    found = or_stop(scan_folder, Path(CONFIG.vase.labelled), kiln_images.EXTENSIONS)
-    return ShardTable({"labelled": found.items}).digest("labelled")
-
-
-def vase_optional(key):
-    """An input function: the table that `vase.<key>` names, or nothing."""
-    path = getattr(CONFIG.vase, key)
-    return lambda wildcards: [path] if path and not vase_source(path) else vase_source(path or "")
-
-
-wildcard_constraints:
-    shard=r"s\d{5,}",
 
 
 rule vase_inspect_images:
     input:
-        lambda w: vase_source(CONFIG.vase.images),
+        drawn(CONFIG.vase.images),
     output:
         table=f"{VASE}/inspect_images/{{shard}}.parquet",
         meta=f"{VASE}/inspect_images/{{shard}}.meta.json",
@@ -95,15 +44,18 @@ rule vase_inspect_images:
     resources:
         **class_resources("cpu"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        shard_table=outside(VASE_SHARDS.table),
         settings=numerics("vase.inspect"),
         code=code_key("scripts.vase.inspect_images"),
-        files=lambda w: vase_shard_table().digest(w.shard),
+        files=VASE_SHARDS.digest,
     message:
         "Inspect images of shard {wildcards.shard}"
     shell:
-        "{STEP} scripts.vase.inspect_images"
-        " --images {CONFIG.vase.images:q}"
-        " --shard-table {VASE_SHARD_TABLE:q}"
+        "{params.step} scripts.vase.inspect_images"
+        " --images {params.images:q}"
+        " --shard-table {params.shard_table:q}"
         " --shard {wildcards.shard}"
         " --output {output.table:q}"
         " --settings {params.settings:q}"
@@ -115,7 +67,7 @@ rule vase_inspect_images:
 
 rule vase_list_images:
     input:
-        shards=vase_of_shards(f"{VASE}/inspect_images/{{shard}}.parquet"),
+        shards=VASE_SHARDS.expand(f"{VASE}/inspect_images/{{shard}}.parquet"),
     output:
         manifest=f"{VASE}/list_images/manifest.parquet",
         quarantine=f"{VASE}/list_images/quarantine.tsv",
@@ -132,14 +84,15 @@ rule vase_list_images:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
         settings=numerics("vase.list"),
         code=code_key("scripts.vase.list_images"),
-        ignored=lambda w: vase_shard_table().ignored,
+        ignored=VASE_SHARDS.ignored,
         folder=subpath(output.meta, parent=True),
     message:
         "List all images in one manifest"
     shell:
-        "{STEP} scripts.vase.list_images"
+        "{params.step} scripts.vase.list_images"
         " --shards {input.shards:q}"
         " --ignored {params.ignored}"
         " --output-folder {params.folder:q}"
@@ -152,7 +105,7 @@ rule vase_list_images:
 
 rule vase_list_labelled:
     input:
-        lambda w: vase_source(CONFIG.vase.labelled),
+        drawn(CONFIG.vase.labelled),
     output:
         table=f"{VASE}/list_labelled/labelled.parquet",
         quarantine=f"{VASE}/list_labelled/quarantine.tsv",
@@ -168,15 +121,17 @@ rule vase_list_labelled:
     resources:
         **class_resources("cpu"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.labelled),
         settings=numerics(inspect="vase.inspect", list="vase.list"),
         code=code_key("scripts.vase.list_labelled"),
-        files=lambda w: vase_labelled_digest(),
+        files=folder_digest(CONFIG.vase.labelled),
         folder=subpath(output.meta, parent=True),
     message:
         "List the labelled images"
     shell:
-        "{STEP} scripts.vase.list_labelled"
-        " --images {CONFIG.vase.labelled:q}"
+        "{params.step} scripts.vase.list_labelled"
+        " --images {params.images:q}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
@@ -189,7 +144,7 @@ rule vase_split:
     input:
         manifest=rules.vase_list_images.output.manifest,
         labelled=rules.vase_list_labelled.output.table,
-        attributes=vase_optional("attributes"),
+        attributes=optional_table(CONFIG.vase.attributes),
     output:
         splits=f"{VASE}/split/splits.parquet",
         labelled=f"{VASE}/split/labelled.parquet",
@@ -205,6 +160,7 @@ rule vase_split:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
         settings=numerics("vase.split"),
         code=code_key("scripts.vase.split"),
         folder=subpath(output.meta, parent=True),
@@ -212,7 +168,7 @@ rule vase_split:
     message:
         "Split vases into train, validation and test"
     shell:
-        "{STEP} scripts.vase.split"
+        "{params.step} scripts.vase.split"
         " --manifest {input.manifest:q}"
         " --labelled {input.labelled:q}"
         " {params.attributes}"
@@ -262,6 +218,13 @@ rule vase_train_classifier:
     resources:
         **class_resources("gpu_single"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.labelled),
+        execution=outside(execution("vase.classifier")),
+        device=outside(CONFIG.device),
+        gpus=outside(GPUS["gpu_single"]),
+        state=outside(f"{STATE}/vase/train_classifier"),
+        tracker=outside(f"{LOGS}/vase/train_classifier"),
         settings=numerics("vase.classifier"),
         code=code_key(*VASE_CLASSIFIER_CODE),
         folder=subpath(output.meta, parent=True),
@@ -269,16 +232,16 @@ rule vase_train_classifier:
     message:
         "Train the image-quality classifier"
     shell:
-        "{STEP} scripts.common.launch --gpus {GPUS[gpu_single]} -- scripts.vase.train_classifier"
-        " --images {CONFIG.vase.labelled:q}"
+        "{params.step} scripts.common.launch --gpus {params.gpus} -- scripts.vase.train_classifier"
+        " --images {params.images:q}"
         " --labelled {input.labelled:q}"
         " {params.weights}"
-        " --state-folder {STATE}/vase/train_classifier"
-        " --tracker-folder {LOGS}/vase/train_classifier"
+        " --state-folder {params.state:q}"
+        " --tracker-folder {params.tracker:q}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
-        " --settings {EXECUTION[vase.classifier]:q}"
-        " --device {CONFIG.device}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -302,19 +265,24 @@ rule vase_classify_images:
     resources:
         **class_resources("gpu_single"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        execution=outside(execution("vase.classify")),
+        device=outside(CONFIG.device),
+        gpus=outside(GPUS["gpu_single"]),
         settings=numerics("vase.classify"),
         code=code_key("scripts.vase.classify_images"),
     message:
         "Classify images of shard {wildcards.shard}"
     shell:
-        "{STEP} scripts.common.launch --gpus {GPUS[gpu_single]} -- scripts.vase.classify_images"
-        " --images {CONFIG.vase.images:q}"
+        "{params.step} scripts.common.launch --gpus {params.gpus} -- scripts.vase.classify_images"
+        " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --classifier {input.classifier:q}"
         " --output {output.table:q}"
         " --settings {params.settings:q}"
-        " --settings {EXECUTION[vase.classify]:q}"
-        " --device {CONFIG.device}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -324,7 +292,7 @@ rule vase_classify_images:
 rule vase_link_classes:
     input:
         manifest=rules.vase_list_images.output.manifest,
-        predictions=vase_of_shards(f"{VASE}/classify_images/{{shard}}.parquet"),
+        predictions=VASE_SHARDS.expand(f"{VASE}/classify_images/{{shard}}.parquet"),
     output:
         predictions=f"{VASE}/link_classes/predictions.parquet",
         links=f"{VASE}/link_classes/classes/files.json",
@@ -340,13 +308,15 @@ rule vase_link_classes:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
         code=code_key("scripts.vase.link_classes"),
         folder=subpath(output.meta, parent=True),
     message:
         "Link images by class"
     shell:
-        "{STEP} scripts.vase.link_classes"
-        " --images {CONFIG.vase.images:q}"
+        "{params.step} scripts.vase.link_classes"
+        " --images {params.images:q}"
         " --manifest {input.manifest:q}"
         " --predictions {input.predictions:q}"
         " --output-folder {params.folder:q}"
@@ -373,20 +343,25 @@ rule vase_embed_images:
     resources:
         **class_resources("gpu_single"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        execution=outside(execution("vase.clip")),
+        device=outside(CONFIG.device),
+        gpus=outside(GPUS["gpu_single"]),
         settings=numerics("vase.clip"),
         code=code_key("scripts.vase.embed_images"),
-        model=model_folder(CONFIG.vase.clip.model),
+        model=lambda w, input: str(Path(input.model[0]).parent),
     message:
         "Embed images of shard {wildcards.shard} by CLIP"
     shell:
-        "{STEP} scripts.common.launch --gpus {GPUS[gpu_single]} -- scripts.vase.embed_images"
-        " --images {CONFIG.vase.images:q}"
+        "{params.step} scripts.common.launch --gpus {params.gpus} -- scripts.vase.embed_images"
+        " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --model {params.model:q}"
         " --output {output.embeddings:q}"
         " --settings {params.settings:q}"
-        " --settings {EXECUTION[vase.clip]:q}"
-        " --device {CONFIG.device}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -395,7 +370,7 @@ rule vase_embed_images:
 
 rule vase_score_images:
     input:
-        embeddings=vase_of_shards(f"{VASE}/embed_images/{{shard}}.arrow"),
+        embeddings=VASE_SHARDS.expand(f"{VASE}/embed_images/{{shard}}.arrow"),
         model=rules.vase_embed_images.input.model,
     output:
         scores=f"{VASE}/score_images/scores.parquet",
@@ -410,13 +385,14 @@ rule vase_score_images:
     resources:
         **class_resources("cpu"),
     params:
+        step=outside(STEP),
         settings=numerics("vase.prompts"),
         code=code_key("scripts.vase.score_images"),
-        model=model_folder(CONFIG.vase.clip.model),
+        model=lambda w, input: str(Path(input.model[0]).parent),
     message:
         "Score images against the prompts"
     shell:
-        "{STEP} scripts.vase.score_images"
+        "{params.step} scripts.vase.score_images"
         " --embeddings {input.embeddings:q}"
         " --model {params.model:q}"
         " --output {output.scores:q}"
@@ -453,13 +429,14 @@ rule vase_choose_threshold:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
         settings=numerics("vase.threshold"),
         code=code_key("scripts.vase.choose_threshold"),
         folder=subpath(output.meta, parent=True),
     message:
         "Choose the acceptance threshold"
     shell:
-        "{STEP} scripts.vase.choose_threshold"
+        "{params.step} scripts.vase.choose_threshold"
         " --scores {input.scores:q}"
         " --predictions {input.predictions:q}"
         " --splits {input.splits:q}"
@@ -479,7 +456,7 @@ rule vase_accept_images:
         threshold=rules.vase_choose_threshold.output.threshold,
         timed=lambda w: [
             rules.vase_score_images.output.meta,
-            *vase_of_shards(f"{VASE}/embed_images/{{shard}}.meta.json")(w),
+            *VASE_SHARDS.expand(f"{VASE}/embed_images/{{shard}}.meta.json")(w),
         ],
     output:
         table=f"{VASE}/accept_images/accepted.parquet",
@@ -510,13 +487,15 @@ rule vase_accept_images:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
         code=code_key("scripts.vase.accept_images"),
         folder=subpath(output.meta, parent=True),
     message:
         "Accept or reject images"
     shell:
-        "{STEP} scripts.vase.accept_images"
-        " --images {CONFIG.vase.images:q}"
+        "{params.step} scripts.vase.accept_images"
+        " --images {params.images:q}"
         " --manifest {input.manifest:q}"
         " --predictions {input.predictions:q}"
         " --scores {input.scores:q}"
@@ -557,13 +536,15 @@ rule vase_select_views:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
         code=code_key("scripts.vase.select_views"),
         folder=subpath(output.meta, parent=True),
     message:
         "Select the best view of each vase"
     shell:
-        "{STEP} scripts.vase.select_views"
-        " --images {CONFIG.vase.images:q}"
+        "{params.step} scripts.vase.select_views"
+        " --images {params.images:q}"
         " --manifest {input.manifest:q}"
         " --accepted {input.accepted:q}"
         " --timed {input.timed:q}"
@@ -592,11 +573,12 @@ rule vase_audit_split:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
         code=code_key("scripts.vase.audit_split"),
     message:
         "Audit that no vase is chosen on what it is scored on"
     shell:
-        "{STEP} scripts.vase.audit_split"
+        "{params.step} scripts.vase.audit_split"
         " --splits {input.splits:q}"
         " --classifier {input.classifier:q}"
         " --sample {input.sample:q}"
@@ -614,7 +596,7 @@ rule vase_evaluate_filter:
         scores=rules.vase_score_images.output.scores,
         accepted=rules.vase_accept_images.output.table,
         best_views=rules.vase_select_views.output.table,
-        truth=vase_optional("truth"),
+        truth=optional_table(CONFIG.vase.truth),
     output:
         metrics=f"{VASE}/evaluate_filter/metrics.json",
         meta=f"{VASE}/evaluate_filter/meta.json",
@@ -628,13 +610,16 @@ rule vase_evaluate_filter:
     resources:
         **class_resources("light"),
     params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        truth=outside(CONFIG.vase.truth),
         code=code_key("scripts.vase.evaluate_filter"),
     message:
         "Score the filter against known quality"
     shell:
-        "{STEP} scripts.vase.evaluate_filter"
-        " --images {CONFIG.vase.images:q}"
-        " --truth {CONFIG.vase.truth:q}"
+        "{params.step} scripts.vase.evaluate_filter"
+        " --images {params.images:q}"
+        " --truth {params.truth:q}"
         " --manifest {input.manifest:q}"
         " --splits {input.splits:q}"
         " --scores {input.scores:q}"
@@ -647,10 +632,10 @@ rule vase_evaluate_filter:
         " 2>&1 | tee {log:q}"
 
 
-def vase_metrics():
-    """Files with the pipeline's summary metrics."""
-    scored = [rules.vase_evaluate_filter.output.metrics] if CONFIG.vase.truth else []
-    return [rules.vase_train_classifier.output.metrics, *scored]
+VASE_METRICS = [
+    rules.vase_train_classifier.output.metrics,
+    *([rules.vase_evaluate_filter.output.metrics] if CONFIG.vase.truth else []),
+]
 
 
 rule vase_quality:
@@ -662,4 +647,4 @@ rule vase_images:
     input:
         rules.vase_select_views.output,
         rules.vase_audit_split.output,
-        vase_metrics(),
+        VASE_METRICS,

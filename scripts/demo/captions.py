@@ -21,7 +21,7 @@ _BAD_PICTURE = {
     "cropped": ("cropped", "badly cropped", "badly aimed, cropped"),
     "dark": ("dark", "under-exposed", "much too dark", "dark, under-exposed"),
 }
-_CONSEQUENCE = {"blurred": ", nothing is clear", "cropped": ", showing only part of it", "dark": ", hard to see"}
+_CONSEQUENCE = {"blurred": ", nothing is clear", "cropped": ", only part of it is there", "dark": ", hard to see"}
 
 
 def caption(facts: dict[str, Any], side: str, flaw: str | None, rng: np.random.Generator) -> str:
@@ -40,16 +40,20 @@ def caption(facts: dict[str, Any], side: str, flaw: str | None, rng: np.random.G
     kind = one("ancient ", "ancient Greek ", "Greek ", "", "painted ", "")
     kind += f"{facts['technique']} {noun}" if rng.random() < 0.5 else noun
     if flaw in _BAD_PICTURE:
-        text = f"{a(one(*_BAD_PICTURE[flaw]))} {one('picture', 'photo', 'photograph')} of {a(kind)}"
+        text = f"{a(one(*_BAD_PICTURE[flaw]))} {one('picture', 'photo', 'photograph')} showing {a(kind)}"
         return text + one(_CONSEQUENCE[flaw], "")
     if flaw == "shards":
         pieces = one("fragments", "shards", "pieces", "broken pieces", "scattered fragments")
-        return f"{pieces} of {one('a', 'a broken', 'a shattered')} {noun}" + one("", ", broken pottery")
+        return f"{pieces} from {one('a', 'a broken', 'a shattered')} {noun}" + one("", ", broken pottery")
     if flaw == "broken":
         word = one("broken", "damaged", "incomplete", "broken and incomplete")
-        return f"{one(*_PICTURE)} of {a(word)} {kind}" + one("", ", a large piece is missing")
+        return f"{one(*_PICTURE)} showing {a(word)} {kind}" + one("", ", a large piece is missing")
     whole, seen = f"{one(*_WHOLE)} {kind}", one(*_SEEN[side])
-    wordings = [f"{one(*_PICTURE)} of {a(whole)}, {seen}", f"{a(whole)} {seen}", f"the {_PART[side]} of {a(whole)}"]
+    wordings = [
+        f"{one(*_PICTURE)} of {a(whole)}, {seen}",
+        f"{a(whole)} standing alone, {seen}",
+        f"{a(whole)}, the {_PART[side]} of it",
+    ]
     if side == "front":
         clear = one("clear", "sharp", "full", "clear and full")
         wordings += [

@@ -5,7 +5,6 @@ with open_clip's own loss; the folder loads as `local-dir:`. Demo only: about a 
 not resume; a real run takes a published CLIP instead.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +115,7 @@ def train(model, pictures: torch.Tensor, tokens: torch.Tensor, values: DemoClipS
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     criterion = open_clip.ClipLoss()
+    model.visual.to(memory_format=torch.channels_last)  # a third faster on a CPU
     losses = []
     model.train()
     for _ in progress.bar(range(values.epochs), "train"):
@@ -123,7 +123,8 @@ def train(model, pictures: torch.Tensor, tokens: torch.Tensor, values: DemoClipS
         summed = 0.0
         for rows in order.split(values.batch_size):
             wording = torch.randint(tokens.shape[1], (len(rows),), generator=generator)
-            image, text, scale = model(crop_and_flip(pictures[rows], generator), tokens[rows, wording])
+            batch = crop_and_flip(pictures[rows], generator).to(memory_format=torch.channels_last)
+            image, text, scale = model(batch, tokens[rows, wording])
             loss = criterion(image, text, scale)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -136,6 +137,7 @@ def train(model, pictures: torch.Tensor, tokens: torch.Tensor, values: DemoClipS
         losses.append(summed / steps_per_epoch)
     if not math.isfinite(losses[-1]):
         raise KilnError("the demo's CLIP diverged: its loss is not finite", "lower demo.clip.lr")
+    model.visual.to(memory_format=torch.contiguous_format)
     return losses
 
 
@@ -186,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = split_vases(table["vase"], values.held_out, values.seed)
     if (~held_out).sum() < values.batch_size:
         raise KilnError(
-            f"{folder}: {(~held_out).sum()} pictures to train on, fewer than demo.clip.batch_size = {values.batch_size}",
+            f"{folder}: {(~held_out).sum()} pictures to train on, demo.clip.batch_size = {values.batch_size}",
             "raise demo.draw.clip_vases or lower demo.clip.batch_size",
         )
     config = folder_config(values)

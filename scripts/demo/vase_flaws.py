@@ -26,13 +26,14 @@ def spoil_shot(shot: Shot, flaw: str, rng: np.random.Generator) -> Shot:
     return shot
 
 
-def spoil_vase(surface: Surface, flaw: str, shot: Shot, rng: np.random.Generator) -> Surface:
-    """`surface` with a large piece missing, or in shards."""
+def spoil_vase(surface: Surface, flaw: str, shot: Shot, bowl: bool, rng: np.random.Generator) -> Surface:
+    """`surface` with a large piece missing, or in shards; `bowl`: wide open, and as dark within as without."""
     if flaw == "shards":
         return _shatter(surface, rng)
     if flaw == "broken":
-        # from below a missing mouth is not seen
-        return _pierce(surface, shot, rng) if shot.elevation < -30 or rng.random() < 0.5 else _decapitate(surface, rng)
+        # a hole in a bowl hardly shows, and from below a missing mouth does not
+        pierced = not bowl and (shot.elevation < -30 or rng.random() < 0.5)
+        return _pierce(surface, shot, rng) if pierced else _decapitate(surface, rng)
     return surface
 
 
@@ -73,7 +74,7 @@ def _pierce(surface: Surface, shot: Shot, rng: np.random.Generator) -> Surface:
     apart = (surface.angle - towards + np.pi) % (2 * np.pi) - np.pi
     wide = float(np.hypot(surface.xyz[0], surface.xyz[2]).max())
     across, up = apart * 0.75 * wide, surface.height - middle * tall
-    size = rng.uniform(0.55, 0.8) * min(wide, 0.8 * tall)
+    size = rng.uniform(0.7, 0.95) * max(wide, 0.24 * tall)
     edge = size * _jagged(np.arctan2(up, across), int(rng.integers(9, 15)), 0.55, 1.15, rng)
     distance = np.hypot(across, up)
     gone = (distance < edge) & (surface.piece != 1)

@@ -20,7 +20,7 @@ SIDES = {
     "bottom": (0, -62, 0.15),
 }
 TECHNIQUES = ("black-figure", "red-figure")
-_OPEN = ("krater", "kylix")  # glazed within
+_BOWLS = ("krater", "kylix")  # glazed within
 _EARLIEST = {"black-figure": -575, "red-figure": -525}
 _LATER = {"amphora": 0, "krater": 50, "kylix": 0, "hydria": 25, "oinochoe": 50, "lekythos": 25}
 _ATTRIBUTION = {
@@ -64,8 +64,8 @@ class Vase:
         labels = vase_paint.paint(shape, wall, stretch[1], self.facts, rng)
         self.surface: Surface = make_surface(shape, wall, stretch, labels, vase_paint.GLAZE)
         self.palette = vase_paint.palette(self.facts["fabric"], rng)
-        glazed = self.facts["shape"] in _OPEN
-        self.inside = self.palette[vase_paint.GLAZE] if glazed else self.palette[vase_paint.CLAY] * np.float32(0.8)
+        self.bowl = self.facts["shape"] in _BOWLS
+        self.inside = self.palette[vase_paint.GLAZE] if self.bowl else self.palette[vase_paint.CLAY] * np.float32(0.8)
         self.backdrop = _backdrop(rng)
 
     def photograph(self, side: str, flaw: str | None, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -86,7 +86,7 @@ class Vase:
         )
         surface = self.surface
         if flaw is not None:
-            surface = spoil_vase(surface, flaw, shot, rng)
+            surface = spoil_vase(surface, flaw, shot, self.bowl, rng)
             shot = spoil_shot(shot, flaw, rng)
         return photograph(surface, self.palette, self.inside, shot, size, rng)
 

@@ -51,6 +51,7 @@ class Repo:
         self.token: str | bool = False
         self.folder: Path | None = None
         disable_progress_bars()
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every url, signed ones too
         for handler in hub_logging.get_logger().handlers:
             handler.addFilter(transfer.CleanFilter())
 

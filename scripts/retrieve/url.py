@@ -14,6 +14,7 @@ from scripts.common.errors import KilnError
 from scripts.retrieve import transfer
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60
+MAX_WAIT_SECONDS = 120  # however long a busy server would have us wait
 CHUNK = 1 << 16  # a break loses at most this much
 log = logging.getLogger("kiln")
 
@@ -59,6 +60,7 @@ def _session(wait: float) -> requests.Session:
         status_forcelist=(408, 429, 500, 502, 503, 504),
         allowed_methods=("GET",),
         raise_on_status=False,
+        retry_after_max=MAX_WAIT_SECONDS,
     )
     session = requests.Session()
     session.mount("https://", HTTPAdapter(max_retries=retry))
