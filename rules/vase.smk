@@ -9,7 +9,8 @@ REQUIRED INPUTS (config section `vase`):
 
 OUTPUTS (below {results}/vase/):
     list_images/        manifest.parquet, quarantine.tsv, duplicates.tsv, summary.json
-    split/              splits.parquet (a side for each vase), labelled.parquet
+    split_labelled/     labelled.parquet: a side for each labelled image
+    split/              splits.parquet: a side for each vase, decided once
     train_classifier/   classifier.safetensors, metrics.json, used.parquet, curves, confusion matrix
     link_classes/       classes/0, classes/1 (links), predictions.parquet
     embed_images/       CLIP embeddings by shard
@@ -140,14 +141,50 @@ rule vase_list_labelled:
         " 2>&1 | tee {log:q}"
 
 
-rule vase_split:
+rule vase_split_labelled:
     input:
-        manifest=rules.vase_list_images.output.manifest,
         labelled=rules.vase_list_labelled.output.table,
         attributes=optional_table(CONFIG.vase.attributes),
     output:
+        labelled=f"{VASE}/split_labelled/labelled.parquet",
+        summary=f"{VASE}/split_labelled/summary.json",
+        meta=f"{VASE}/split_labelled/meta.json",
+    log:
+        f"{LOGS}/vase/split_labelled.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/split_labelled.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        attributes=outside(f"--attributes {shlex.quote(CONFIG.vase.attributes)}" if CONFIG.vase.attributes else ""),
+        settings=numerics("vase.split"),
+        code=code_key("scripts.vase.split_labelled"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Split labelled vases into train, validation and test"
+    shell:
+        "{params.step} scripts.vase.split_labelled"
+        " --labelled {input.labelled:q}"
+        " {params.attributes}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_split:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        labelled=rules.vase_split_labelled.output.labelled,
+        attributes=optional_table(CONFIG.vase.attributes),
+    output:
         splits=f"{VASE}/split/splits.parquet",
-        labelled=f"{VASE}/split/labelled.parquet",
         summary=f"{VASE}/split/summary.json",
         meta=f"{VASE}/split/meta.json",
     log:
@@ -161,12 +198,12 @@ rule vase_split:
         **class_resources("light"),
     params:
         step=outside(STEP),
+        attributes=outside(f"--attributes {shlex.quote(CONFIG.vase.attributes)}" if CONFIG.vase.attributes else ""),
         settings=numerics("vase.split"),
         code=code_key("scripts.vase.split"),
         folder=subpath(output.meta, parent=True),
-        attributes=f"--attributes {shlex.quote(CONFIG.vase.attributes)}" if CONFIG.vase.attributes else "",
     message:
-        "Split vases into train, validation and test"
+        "Split all vases into train, validation and test"
     shell:
         "{params.step} scripts.vase.split"
         " --manifest {input.manifest:q}"
@@ -182,7 +219,7 @@ rule vase_split:
 
 rule vase_train_classifier:
     input:
-        labelled=rules.vase_split.output.labelled,
+        labelled=rules.vase_split_labelled.output.labelled,
         weights=[model_file(CONFIG.vase.classifier.weights)] if CONFIG.vase.classifier.weights else [],
         init=[CONFIG.vase.classifier.init_from] if CONFIG.vase.classifier.init_from else [],
     output:

@@ -53,7 +53,9 @@ class Config(Settings):
 
     results: str = Field("results", description="folder of everything that is made")
     models: str = Field("resources/models", description="folder of retrieved models")
-    device: str = execution("auto", description="auto, cpu or cuda:N, for every step with a model")
+    device: str = execution(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
+    )
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()

@@ -39,11 +39,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise explain_os_error(error, path) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # it is not there, or its folder cannot be entered
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise explain_os_error(error, path) from error
         raise
 
 
@@ -125,9 +125,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(folder):
             os.rename(folder, old)
         os.rename(temporary, folder)
+        if old.is_symlink():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise explain_os_error(error, folder) from error
@@ -141,7 +144,9 @@ def link_folder(folder: Path, links: Mapping[str, Path], records: Mapping[str, M
     A name may hold subfolders; targets are never copied. `records` gives what `files.json` says of
     each name (bytes, sha256), taken from a manifest so that nothing is read again.
     """
-    final = folder.resolve()
+    if "files.json" in links:
+        raise ValueError("files.json is the listing's own name")
+    final = folder.parent.resolve() / folder.name  # the folder itself is replaced, even where it is a link
     with atomic_folder(folder) as temporary:
         made = set()
         for name, target in links.items():
@@ -160,12 +165,18 @@ def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def recorded_hash(path: Path) -> str | None:
-    """The sha256 of `path` as the step that made it recorded it, without reading `path` again."""
+    """The sha256 of `path` as the step that made it recorded it, without reading `path` again.
+
+    None if there is no record, or if `path` has another size or is younger than its record.
+    """
+    facts = path.stat()
     for meta in (path.with_name(f"{path.stem}.meta.json"), path.with_name("meta.json")):
-        if meta.is_file():
-            record = json.loads(meta.read_text(encoding="utf-8"))["outputs"].get(path.name)
-            if record and record["bytes"] == path.stat().st_size:
+        try:
+            record = json.loads(meta.read_text(encoding="utf-8"))["outputs"][path.name]
+            if record["bytes"] == facts.st_size and meta.stat().st_mtime_ns >= facts.st_mtime_ns:
                 return record["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or a meta.json that is not of ours
     return None
 
 

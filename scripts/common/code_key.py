@@ -85,24 +85,27 @@ def _module_key(path: Path) -> str:
     return hashlib.sha256(meaning(_tree(path)).encode()).hexdigest()
 
 
-def meaning(node: ast.AST) -> str:
+def meaning(node: ast.AST, in_class: bool = False) -> str:
     """A text that two syntax trees share exactly when they mean the same to a running program."""
+    if isinstance(node, ast.AnnAssign) and node.value is not None and not in_class:
+        return f"Assign(targets=[{meaning(node.target)}],value={meaning(node.value)})"  # in a class: a field
+    in_class = isinstance(node, ast.ClassDef)
     parts = []
     for field, value in ast.iter_fields(node):
         if field in _SKIPPED_FIELDS or value is None or value == []:
             continue
         if field == "body" and isinstance(value, list):
             value = _without_docstring(value)
-        parts.append(f"{field}={_dump(value)}")
+        parts.append(f"{field}={_dump(value, in_class)}")
     return f"{type(node).__name__}({','.join(parts)})"
 
 
-def _dump(value) -> str:
+def _dump(value, in_class: bool) -> str:
     if isinstance(value, ast.AST):
-        return meaning(value)
+        return meaning(value, in_class)
     if isinstance(value, list):
-        return f"[{','.join(_dump(item) for item in value)}]"
-    return repr(value)
+        return f"[{','.join(_dump(item, in_class) for item in value)}]"
+    return ascii(value)  # repr escapes what this Python's Unicode tables do not know yet
 
 
 def _without_docstring(body: list) -> list:

@@ -1,6 +1,7 @@
 """From `--device` and a precision to an `accelerate.Accelerator`, with threads and determinism set."""
 
 import os
+import re
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,10 @@ def make_accelerator(device: str, precision: str, threads: int, deterministic: b
         deterministic: only kernels whose result does not vary from run to run.
 
     Raises:
-        KilnError: a GPU is asked for and there is none, or fp16 on a CPU.
+        KilnError: an unknown device, a GPU that is not there, or fp16 on a CPU.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise KilnError(f"--device {device!r}: no such device", "give auto, cpu, or cuda:N")
     torch.set_num_threads(threads)
     if device.startswith("cuda"):
         if not torch.cuda.is_available():

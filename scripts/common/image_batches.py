@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from scripts.common import progress
 from scripts.common.errors import KilnError
@@ -13,7 +13,10 @@ from scripts.common.images import ImageError, open_rgb
 
 
 class ImageFiles(Dataset):
-    """index -> transformed image; a file that a manifest calls readable and is not, is an error."""
+    """index -> transformed image, or the error if a file that a manifest calls readable is not.
+
+    The error is handed over, not raised: a data loader's worker can only raise one of a single argument.
+    """
 
     def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], torch.Tensor], at_least: int | None):
         self.paths, self.transform, self.at_least = paths, transform, at_least
@@ -21,15 +24,20 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> torch.Tensor | KilnError:
         path = self.paths[index]
         try:
             return self.transform(open_rgb(path, 2**62, self.at_least))
         except (ImageError, FileNotFoundError) as error:
-            raise KilnError(
+            return KilnError(
                 f"{path}: readable when it was listed, now: {error}",
                 "run again: the folder is scanned anew, and what is done stays done",
-            ) from None
+            )
+
+
+def _stack(images: list[torch.Tensor | KilnError]) -> torch.Tensor | KilnError:
+    errors = [image for image in images if isinstance(image, KilnError)]
+    return errors[0] if errors else default_collate(images)
 
 
 def batches(
@@ -45,12 +53,17 @@ def batches(
 
     The last batch is filled up with copies of its last image: matrix kernels pick their order of
     summation by batch size, so a row's last digits would otherwise depend on the file count.
+
+    Raises:
+        KilnError: a file is gone or no longer readable.
     """
     data = ImageFiles(paths, transform, at_least)
     pin = device.type == "cuda"
-    loader = DataLoader(data, batch_size=batch_size, num_workers=workers, pin_memory=pin)
+    loader = DataLoader(data, batch_size=batch_size, num_workers=workers, pin_memory=pin, collate_fn=_stack)
     layout = torch.channels_last if pin else torch.contiguous_format
     for images in progress.bar(loader, f"{name} (batches of {batch_size})"):
+        if isinstance(images, KilnError):
+            raise images
         real = len(images)
         if real < batch_size:
             images = torch.cat([images, images[-1:].expand(batch_size - real, -1, -1, -1)])

@@ -6,6 +6,8 @@ with `execution(...)` (workers, log interval, device: a change never reruns anyt
 
 import difflib
 import json
+import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from scripts.common.errors import KilnError
 class Settings(BaseModel):
     """Base of every settings section: unknown keys are refused, values cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)
@@ -40,7 +42,7 @@ def of_kind(settings: Settings, kind: str) -> dict[str, Any]:
     chosen = {}
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if isinstance(value, Settings):
+        if isinstance(value, Settings) and not _is_execution(field):
             inner = of_kind(value, kind)
             if inner or kind == "numerics":
                 chosen[name] = inner
@@ -85,17 +87,22 @@ def parse_overrides(text: str | Iterable[str]) -> dict[str, Any]:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise KilnError(f"override {item!r}: {section!r} has a value already", "give it once")
-        place[name] = _yaml_value(value)
+        if isinstance(place.get(name), dict):
+            raise KilnError(f"override {item!r}: values below {key!r} are given already", "give it once")
+        try:
+            place[name] = _yaml_value(value)
+        except yaml.YAMLError as error:
+            raise KilnError(
+                f"override {item!r}: the value is not YAML: {str(error).splitlines()[0]}",
+                "write lists without spaces, [1,2]; a value that holds spaces belongs into config/config.yaml",
+            ) from None
     return nested
 
 
 def _yaml_value(text: str) -> Any:
     value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            return value
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text):
+        return float(text)  # YAML 1.1 reads 1e-4 as text; in quotes it stays text
     return value
 
 
@@ -126,22 +133,31 @@ def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
 
 def _keys_at(model: type[BaseModel], location: tuple) -> list[str]:
     for part in location:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
+        if part in model.model_fields:
+            inner = _model_in(model.model_fields[part].annotation)
+            if inner is None:
+                return []
+            model = inner  # an index or a key of a list or dict of models stays at its model
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Model`, `Model | None`, `tuple[Model, ...]` or `dict[str, Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; an empty file is an empty mapping.
 
     Raises:
-        KilnError: not YAML, or not a mapping.
+        KilnError: missing, not YAML, or not a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KilnError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise KilnError(f"{path}: not YAML: {error}", "check its indentation and quotes") from None
     if values is None:
@@ -151,14 +167,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise KilnError(f"settings {text[:60]!r}: not JSON: {error}", "check its quotes and brackets") from None
+
+
 def from_sources(model: type[S], sources: Iterable[str]) -> S:
     """One settings object from JSON texts, YAML files and `key=value` overrides, later ones on top."""
     values: dict[str, Any] = {}
     sources = list(sources)
     for source in sources:
         if source.lstrip().startswith("{"):
-            values = merge(values, json.loads(source))
-        elif "=" in source:
+            values = merge(values, _read_json(source))
+        elif re.match(r"[\w.]+=", source):
             values = merge(values, parse_overrides(source))
         else:
             values = merge(values, read_yaml(Path(source)))

@@ -36,40 +36,52 @@ class Scan(NamedTuple):
 def scan(folder: Path, extensions: Iterable[str]) -> Scan:
     """Names, sizes and mtimes below `folder`, at any depth, through links, in one walk.
 
-    Files and folders whose name starts with a dot are left alone and not counted.
+    Files and folders whose name starts with a dot are left alone and not counted; so is a link to a
+    folder that it lies in, which would never end.
 
     Raises:
-        KilnError: the folder is missing, or holds no file with one of the extensions.
+        KilnError: the folder is missing or unreadable, or holds no file with one of the extensions.
     """
     endings = tuple(e.lower() for e in extensions)
     if not folder.is_dir():
         raise KilnError(f"{folder}: no such folder", "set the folder in config/config.yaml to where your images are")
-    items, ignored, seen = [], 0, set()
-    todo = [(str(folder), "")]
-    while todo:
-        place, prefix = todo.pop()
-        real = os.path.realpath(place)
-        if real in seen:
-            continue
-        seen.add(real)
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                _refuse_undecodable(entry.path)
-                if entry.is_dir():
-                    todo.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(endings) and entry.is_file():
-                    facts = entry.stat()
-                    items.append(Item(prefix + entry.name, facts.st_size, facts.st_mtime_ns))
-                else:
-                    ignored += 1
+    try:
+        items, ignored = _walk(folder, endings)
+    except OSError as error:
+        raise KilnError(
+            f"{error.filename or folder}: cannot be listed ({error.strerror})",
+            "make it readable, or move it out of the folder of images",
+        ) from error
     if not items:
         raise KilnError(
             f"{folder}: no file ends with one of {', '.join(endings)} ({ignored} other files)",
             "check the folder and the file endings",
         )
     return Scan(sorted(items), ignored)
+
+
+def _walk(folder: Path, endings: tuple[str, ...]) -> tuple[list[Item], int]:
+    items, ignored = [], 0
+    todo: list[tuple[str, str, frozenset[str]]] = [(str(folder), "", frozenset())]
+    while todo:
+        place, prefix, above = todo.pop()
+        real = os.path.realpath(place)
+        if real in above:
+            continue
+        above |= {real}
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                _refuse_undecodable(entry.path)
+                if entry.is_dir():
+                    todo.append((entry.path, f"{prefix}{entry.name}/", above))
+                elif entry.name.lower().endswith(endings) and entry.is_file():
+                    facts = entry.stat()
+                    items.append(Item(prefix + entry.name, facts.st_size, facts.st_mtime_ns))
+                else:
+                    ignored += 1
+    return items, ignored
 
 
 def _refuse_undecodable(path: str) -> None:

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 from scripts.common.artefacts import atomic_path
 from scripts.common.errors import KilnError
 
+TEXT = ("path", "vase")  # columns that stay text as they stand: 007 is no number, NA is no gap
+
 
 def write_table(path: Path, frame: pd.DataFrame, sort_by: Sequence[str], schema: pa.Schema | None = None) -> None:
     """Write `frame`, sorted by columns that identify a row, as Parquet, atomically.
@@ -35,11 +37,15 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         KilnError: the file is missing or unreadable, or lacks a column.
     """
     try:
-        frame = pd.read_csv(path, dtype={"path": str, "vase": str}) if path.suffix == ".csv" else pd.read_parquet(path)
+        if path.suffix.lower() == ".csv":
+            frame = pd.read_csv(path, converters=dict.fromkeys(TEXT, str))
+        else:
+            frame = pd.read_parquet(path)
     except FileNotFoundError:
         raise KilnError(f"{path}: no such table", "check the path, or run the rule that makes it") from None
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise KilnError(f"{path}: unreadable table: {error}", "delete it and run again") from None
+        hint = "mend it; if a rule made it, delete it and run again"
+        raise KilnError(f"{path}: unreadable table: {error}", hint) from None
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise KilnError(

@@ -9,6 +9,7 @@ Written by hand because `accelerate.save_state` writes in place and loads custom
 
 import io
 import os
+import pickle
 import random
 import shutil
 import time
@@ -106,7 +107,7 @@ class TrainingState:
         """The newest whole state's payload, with the random generators put back; None on a fresh start.
 
         Raises:
-            KilnError: it was saved by another number of processes.
+            KilnError: it was saved by another number of processes, or is damaged.
         """
         found = self.saved()
         if not found:
@@ -118,8 +119,8 @@ class TrainingState:
                 f"{newest}: saved by {ranks} processes, but there are {self.ranks} now",
                 f"run with {ranks} processes, or delete {self.folder} to start over",
             )
-        payload = torch.load(newest / "shared.pt", map_location=device, weights_only=True)
-        set_rng_state(torch.load(newest / f"rank-{self.rank}.pt", map_location="cpu", weights_only=True))
+        payload = _load(newest / "shared.pt", device)
+        set_rng_state(_load(newest / f"rank-{self.rank}.pt", "cpu"))
         log.info("resumed from %s", newest)
         return payload
 
@@ -152,6 +153,8 @@ class TrainingState:
         """Save the state after `step` steps; `payload` holds tensors and plain values (rank 0's counts)."""
         final = self.folder / f"step-{step:09d}"
         partial = final.with_suffix(".partial")
+        while final.exists():  # saved at this step before: that state stays until this one is whole
+            final = final.with_name(f"{final.name}-again")
         try:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -162,7 +165,6 @@ class TrainingState:
                 _save_synced(payload, partial / "shared.pt")
             self.barrier()
             if self.rank == 0:
-                shutil.rmtree(final, ignore_errors=True)
                 os.rename(partial, final)
                 for old in self.saved()[:-KEEP]:
                     shutil.rmtree(old)
@@ -184,6 +186,16 @@ class TrainingState:
         if self.lock is not None:
             self.lock.__exit__(None, None, None)
             self.lock = None
+
+
+def _load(path: Path, device: str | torch.device) -> Any:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise KilnError(
+            f"{path}: damaged, or no state of ours ({type(error).__name__})",
+            f"delete {path.parent}: the same command then goes on from the state before it",
+        ) from error
 
 
 def _save_synced(value: Any, path: Path) -> None:

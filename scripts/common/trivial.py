@@ -16,4 +16,4 @@ def image_features(paths: Sequence[Path], max_pixels: int = 2**62) -> np.ndarray
     for path in paths:
         image = open_rgb(path, max_pixels)
         rows.append([*np.asarray(image).mean(axis=(0, 1)), *image.size, path.stat().st_size / 1000])
-    return np.array(rows)
+    return np.array(rows, dtype=np.float64).reshape(-1, len(NAMES))

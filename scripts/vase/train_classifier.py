@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = step.parser(__doc__, ClassifierSettings)
     step.add_device(made)
     made.add_argument("--images", type=Path, required=True, help="folder with the labelled images")
-    made.add_argument("--labelled", type=Path, required=True, help="labelled.parquet of rule vase_split")
+    made.add_argument("--labelled", type=Path, required=True, help="labelled.parquet of rule vase_split_labelled")
     made.add_argument("--weights", type=Path, help="initial backbone (.pth or .safetensors)")
     made.add_argument("--state-folder", type=Path, required=True, help="where the resumable state lies")
     made.add_argument("--tracker-folder", type=Path, required=True, help="TensorBoard or W&B files")

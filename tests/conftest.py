@@ -1,0 +1,49 @@
+"""What all tests share: the checkout's root, and which tests this machine can run."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real images, which cannot be redistributed: KILN_REALDATA, else ../shared/data."""
+    return real_images()
+
+
+def real_images() -> Path:
+    """Where the real images should be, whether or not they are there."""
+    return Path(os.environ.get("KILN_REALDATA") or ROOT.parent / "shared/data").resolve()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and say so."""
+    marked = {name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "realdata")}
+    reasons = {}
+    if marked["gpu"] and not _has_gpu():
+        reasons["gpu"] = "torch sees no GPU"
+    if marked["cluster"] and not shutil.which("sbatch"):
+        reasons["cluster"] = "no sbatch on the PATH"
+    if marked["realdata"] and not real_images().is_dir():
+        reasons["realdata"] = f"NO REAL IMAGES in {real_images()}: set KILN_REALDATA to their folder"
+        warnings.warn(pytest.PytestWarning(reasons["realdata"]), stacklevel=1)
+    for name, reason in reasons.items():
+        for item in marked[name]:
+            item.add_marker(pytest.mark.skip(reason=reason))
