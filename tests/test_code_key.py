@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scripts.common.code_key import code_key
 
-GOLDEN = "GOLDEN_VALUE"
+GOLDEN = "2b134f5c33b365b81edf99302fbb1a7f1eb1fba28bae0753018783e750f7e4c6"
 
 # Every kind of statement that 3.11 knows, among them what Pythons disagree about: f-strings, text that older
 # Unicode tables call unprintable, numbers in odd notations.
@@ -101,9 +101,12 @@ def write(root: Path, tree: dict[str, str]) -> Path:
 
 
 def key_of(folder: Path, source: str, **others: str) -> str:
-    """Key of module `scripts.m` with this source, and of further modules `scripts.<name>`."""
+    """Key of module `scripts.m` with this source, beside other modules: `a__b` is `scripts/a/b.py`, `a__` a package."""
     files = {"scripts/__init__.py": "", "scripts/m.py": source}
-    write(folder, files | {f"scripts/{name.replace('__', '/')}.py": text for name, text in others.items()})
+    for name, text in others.items():
+        place = name.replace("__", "/") + ("__init__.py" if name.endswith("__") else ".py")
+        files[f"scripts/{place}"] = text
+    write(folder, files)
     return code_key("scripts.m", root=folder)
 
 
@@ -270,7 +273,7 @@ def test_imports_are_followed(key, statement):
             f"{statement}\n",
             h=f"X = {value}\n",
             between="from .h import X\n",
-            package____init__="from ..h import X\n",
+            package__="from ..h import X\n",
             package__inner="",
         )
 
@@ -280,15 +283,15 @@ def test_imports_are_followed(key, statement):
 
 def test_relative_imports_from_a_package_and_its_parent(key):
     def with_value(value):
-        modules = {"p____init__": "from .inner import Y\n", "p__inner": "from ..h import X\n", "h": f"X = {value}\n"}
+        modules = {"p__": "from .inner import Y\n", "p__inner": "from ..h import X\n", "h": f"X = {value}\n"}
         return key("import scripts.p\n", **modules)
 
     assert with_value(1) != with_value(2)
 
 
 def test_a_package_init_counts(key):
-    assert key("import scripts.p.inner\n", p__inner="", p____init__="X = 1\n") != key(
-        "import scripts.p.inner\n", p__inner="", p____init__="X = 2\n"
+    assert key("import scripts.p.inner\n", p__inner="", p__="X = 1\n") != key(
+        "import scripts.p.inner\n", p__inner="", p__="X = 2\n"
     )
 
 
@@ -299,7 +302,7 @@ def test_what_is_not_imported_does_not_count(key):
 
 def test_settings_modules_are_left_out(key):
     def with_settings(text):
-        return key("from scripts.p.settings import S\n", p____init__="", p__settings=text)
+        return key("from scripts.p.settings import S\n", p__="", p__settings=text)
 
     assert with_settings("X = 1\n") == with_settings("X = 2\n")
 

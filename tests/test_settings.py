@@ -81,7 +81,9 @@ def test_overrides_nest():
     assert settings.parse_overrides("") == {}
 
 
-@pytest.mark.parametrize("text", ["a.b", "=3", "a.b= 3", "a = 3", "a=1 a.b=2", "a.b=2 a=1", "a.b=[1, 2]", "a={", "a=*x"])
+@pytest.mark.parametrize(
+    "text", ["a.b", "=3", "a.b= 3", "a = 3", "a=1 a.b=2", "a.b=2 a=1", "a.b=[1, 2]", "a={", "a=*x"]
+)
 def test_broken_overrides_are_refused_with_a_hint(text):
     with pytest.raises(KilnError) as caught:
         settings.parse_overrides(text)

@@ -96,6 +96,8 @@ def meaning(node: ast.AST, in_class: bool = False) -> str:
             continue
         if field == "body" and isinstance(value, list):
             value = _without_docstring(value)
+        if isinstance(node, ast.JoinedStr):
+            value = [part for part in value if getattr(part, "value", None) != ""]  # 3.12 alone adds empty ends
         parts.append(f"{field}={_dump(value, in_class)}")
     return f"{type(node).__name__}({','.join(parts)})"
 

@@ -13,6 +13,7 @@
 
 import hashlib
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would overrule a larger max_pixels; `_open` checks every image
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+# what Pillow raises on damaged files
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error)
 
 
 class ImageError(Exception):
@@ -52,7 +55,7 @@ def _open(source: Path | bytes, max_pixels: int) -> Image.Image:
         raise ImageError("empty file" if size == 0 else "not an image") from None
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError, OverflowError) as error:
+    except _BROKEN as error:
         raise ImageError(f"unreadable: {error}") from None
     width, height = image.size
     if width * height > max_pixels:
@@ -68,7 +71,7 @@ def _decode(image: Image.Image, at_least: int | None) -> Image.Image:
         try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except _BROKEN as error:
             raise ImageError(f"truncated or corrupt: {error}") from None
 
 

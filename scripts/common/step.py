@@ -23,7 +23,7 @@ def parser(description: str | None, model: type[settings.Settings] | None = None
     made = argparse.ArgumentParser(
         description=inspect.cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.set_defaults(model=model)
+    made.set_defaults(settings_model=model)
     if model is not None:
         fields = ", ".join(model.model_fields)
         made.add_argument(
@@ -46,7 +46,7 @@ def add_device(made: argparse.ArgumentParser) -> None:
 
 def read_settings(args: argparse.Namespace):
     """The validated settings object of parsed arguments."""
-    return settings.from_sources(args.model, args.settings)
+    return settings.from_sources(args.settings_model, args.settings)
 
 
 def threads(args: argparse.Namespace) -> int:

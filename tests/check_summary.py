@@ -1,0 +1,48 @@
+"""Check that the demo learned: each headline metric clear of its baseline, by at least a stated effect.
+
+    python tests/check_summary.py results/demo/summary.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+# pipeline, metric: (baseline_kind, least value, least gain over the baseline)
+WANTED = {
+    ("vase", "classifier_accuracy"): ("majority", 0.90, 0.0),
+    ("vase", "accepted_quality"): ("before_filtering", 0.0, 0.10),
+    ("vase", "best_view_quality"): ("random_view", 0.0, 0.10),
+}
+
+
+def complaints(summary: dict) -> list[str]:
+    """What a summary lacks; empty when every wanted effect is there."""
+    found = []
+    for (pipeline, name), (kind, least, gain) in WANTED.items():
+        one = summary.get(pipeline, {}).get(name)
+        where = f"{pipeline}.{name}"
+        if one is None:
+            found.append(f"{where} is missing")
+            continue
+        low, high = one["ci95"]
+        sign = 1 if one["higher_is_better"] else -1
+        clear = low > one["baseline"] if sign > 0 else high < one["baseline"]
+        if one["baseline_kind"] != kind:
+            found.append(f"{where}: baseline {one['baseline_kind']}, expected {kind}")
+        if not clear:
+            found.append(f"{where}: interval [{low:.3f}, {high:.3f}] is not clear of {one['baseline']:.3f}")
+        if one["value"] < least:
+            found.append(f"{where}: {one['value']:.3f} is below {least}")
+        if sign * (one["value"] - one["baseline"]) < gain:
+            found.append(f"{where}: {one['value']:.3f} is less than {gain} from {one['baseline']:.3f}")
+        if one.get("trivial") is None:
+            found.append(f"{where}: does not say what trivial features reach")
+        elif sign * (one["value"] - one["trivial"]) <= 0:
+            found.append(f"{where}: {one['value']:.3f} is no better than trivial features, {one['trivial']:.3f}")
+    return found
+
+
+if __name__ == "__main__":
+    problems = complaints(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    print("\n".join(problems) or f"{len(WANTED)} headline metrics are as far from their baselines as they should be")
+    sys.exit(bool(problems))

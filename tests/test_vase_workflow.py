@@ -1,0 +1,263 @@
+"""The pipeline through Snakemake: from raw images to best views, and what a change reruns."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import workflow
+import yaml
+from vase_data import draw, tiny_clip
+
+pytestmark = pytest.mark.slow
+
+FILTER = {
+    "vase_choose_threshold",
+    "vase_accept_images",
+    "vase_select_views",
+    "vase_audit_split",
+    "vase_evaluate_filter",
+}
+SETTINGS = {
+    "device": "cpu",
+    "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
+    "vase": {
+        "truth": "data/truth.parquet",
+        "images_per_shard": 20,
+        "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
+        "classifier": {
+            "arch": "resnet18", "weights": None, "image_size": 32, "epochs": 2, "batch_size": 16, "workers": 0,
+        },
+        "classify": {"workers": 0, "batch_size": 8},
+        "clip": {"model": "data/clip", "workers": 0, "batch_size": 8},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkout and a run folder in which vase_images is built."""
+    base = tmp_path_factory.mktemp("vase")
+    checkout, run = workflow.copy_checkout(base / "checkout"), base / "run one"
+    drawn = draw(base / "drawn")
+    (run / "data/vase").mkdir(parents=True)
+    for name in ("images", "labelled"):
+        shutil.move(drawn / name, run / "data/vase" / name)
+    shutil.move(drawn / "truth.parquet", run / "data/truth.parquet")
+    tiny_clip(run / "data/clip")
+    (run / "config").mkdir()
+    (run / "config/config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    workflow.run(checkout, run, "vase_images")
+    return checkout, run
+
+
+@pytest.fixture
+def edit(finished_run):
+    """A function that edits a file of the checkout; undone after the test."""
+    checkout, _ = finished_run
+    undo = {}
+
+    def change(name: str, old: str, new: str) -> None:
+        path = checkout / name
+        undo.setdefault(path, path.read_text())
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    yield change
+    for path, text in undo.items():
+        path.write_text(text)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def test_everything_is_accounted_for(finished_run):
+    results = finished_run[1] / "results/vase"
+    listed = json.loads((results / "list_images/summary.json").read_text())
+    accepted = json.loads((results / "accept_images/summary.json").read_text())
+    views = json.loads((results / "select_views/best_views_report.json").read_text())
+    assert listed["in"] == len(list((finished_run[1] / "data/vase/images").iterdir())) == accepted["in"]
+    assert accepted["in"] == sum(n for name, n in accepted.items() if name != "in")
+    links = [p for p in (results / "select_views/best_views").iterdir() if p.name != "files.json"]
+    assert len(links) == views["total_vases"] == len(views["results"])
+    assert all(p.is_symlink() and not os.path.isabs(os.readlink(p)) and p.resolve().is_file() for p in links)
+    assert all(
+        c["shared_with_test"] == [] for c in json.loads((results / "audit_split/audit.json").read_text())["checks"]
+    )
+
+
+def test_each_artefact_says_what_it_is(finished_run):
+    results = finished_run[1] / "results/vase"
+    metas = list(results.rglob("*meta.json"))
+    assert len(metas) >= 12
+    for path in metas:
+        meta = json.loads(path.read_text())
+        assert meta["outputs"] and meta["code"] and meta["packages"]["python"] and meta["wall_seconds"] > 0
+        for name, record in meta["outputs"].items():
+            found = [p for p in path.parent.rglob(name) if p.is_file()]
+            assert any(hashlib.sha256(p.read_bytes()).hexdigest() == record["sha256"] for p in found), (path, name)
+
+
+def test_nothing_changed_reruns_nothing(finished_run):
+    assert workflow.planned(*finished_run, "vase_images") == {}
+
+
+def test_comments_docstrings_and_messages_rerun_nothing(finished_run, edit):
+    edit("scripts/common/images.py", "import hashlib", "# a comment\nimport hashlib")
+    edit("scripts/vase/clip.py", '"""The CLIP model', '"""Another text: the CLIP model')
+    edit("scripts/vase/train_classifier.py", '"epoch %d/%d: %s"', '"done with epoch %d/%d: %s"')
+    edit("scripts/common/training_state.py", '"resumed from %s"', '"going on from %s"')
+    assert workflow.planned(*finished_run, "vase_images") == {}
+
+
+def test_a_helper_reruns_what_it_can_change(finished_run, edit):
+    edit("scripts/vase/clip.py", "embeddings.mean(0)", "embeddings.sum(0)")
+    shards = len(list((finished_run[1] / "results/vase/embed_images").glob("*.arrow")))
+    plan = workflow.planned(*finished_run, "vase_images")
+    assert set(plan) == {"vase_embed_images", "vase_score_images", *FILTER}
+    assert plan["vase_embed_images"] == shards > 1
+
+
+def test_numerics_of_training_retrain(finished_run, edit):
+    edit("scripts/vase/classifier_training.py", "zero_grad(set_to_none=True)", "zero_grad(set_to_none=False)")
+    plan = workflow.planned(*finished_run, "vase_images")
+    assert set(plan) == {"vase_train_classifier", "vase_classify_images", "vase_link_classes", *FILTER}
+
+
+@pytest.mark.parametrize(
+    "override, rerun",
+    [
+        ("vase.classifier.workers=1 vase.classifier.save_minutes=3", set()),
+        ("device=auto", set()),
+        ("resources.cpu.threads=2", set()),
+        ("vase.threshold.percentile=40", FILTER),
+        ("vase.prompts.positive=[one]", {"vase_score_images", *FILTER}),
+    ],
+)
+def test_settings_rerun_only_their_readers(finished_run, override, rerun):
+    assert set(workflow.planned(*finished_run, "vase_images", "--config", f"set={override}")) == rerun
+
+
+def test_a_bad_key_stops_before_any_job(finished_run):
+    done = workflow.run(*finished_run, "vase_images", "--config", "set=vase.classifier.epoch=3", check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode and "vase.classifier.epochs" in text and "Hint:" in text and not workflow.finished(text)
+
+
+def test_one_added_image_makes_one_new_shard_and_trains_nothing(finished_run, tmp_path):
+    checkout, _ = finished_run
+    run = copy_of(finished_run[1], tmp_path)
+    before = digests(run / "results/vase/embed_images")
+    drawn = draw(tmp_path / "more", seed=7)
+    new = sorted((drawn / "images").iterdir())[0]
+    shutil.copy(new, run / "data/vase/images" / new.name)
+    done = workflow.run(checkout, run, "vase_images")
+    jobs = workflow.finished(done.stdout + done.stderr)
+    per_shard = ("vase_inspect_images", "vase_classify_images", "vase_embed_images")
+    assert {name: jobs.get(name) for name in per_shard} == dict.fromkeys(per_shard, 1)
+    assert "vase_train_classifier" not in jobs
+    after = digests(run / "results/vase/embed_images")
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 2
+    assert workflow.planned(checkout, run, "vase_images") == {}
+
+
+def test_a_removed_and_a_rewritten_image_touch_their_shards_alone(finished_run, tmp_path):
+    checkout, _ = finished_run
+    run = copy_of(finished_run[1], tmp_path)
+    table = pd.read_parquet(run / "results/state/vase/shards.parquet")
+    removed = table[table["shard"] == "s00001"].iloc[0]
+    (run / "data/vase/images" / removed["path"]).unlink()
+    plan = workflow.planned(checkout, run, "vase_images")
+    assert plan["vase_inspect_images"] == plan["vase_classify_images"] == plan["vase_embed_images"] == 1
+    done = workflow.run(checkout, run, "vase_images")
+    assert "vase_train_classifier" not in workflow.finished(done.stdout + done.stderr)
+    manifest = pd.read_parquet(run / "results/vase/list_images/manifest.parquet")
+    assert removed["path"] not in set(manifest["path"])
+    assert not list((run / "results/vase").rglob(removed["path"]))
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    """A finished run in another place, with times and links as they were."""
+    return Path(shutil.copytree(run, folder / "copy of run", symlinks=True))
+
+
+def test_results_copied_elsewhere_rerun_nothing(finished_run, tmp_path):
+    assert workflow.planned(finished_run[0], copy_of(finished_run[1], tmp_path), "vase_images") == {}
+
+
+def test_kill_9_in_training_ends_with_the_same_bytes(finished_run, tmp_path):
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    folder = run / "results/vase/train_classifier"
+    wanted = {name: h for name, h in digests(folder).items() if name in ("classifier.safetensors", "used.parquet")}
+    force = ("vase_train_classifier", "--forcerun", "vase_train_classifier")
+    often = ("--config", "set=vase.classifier.save_minutes=0")
+    state = run / "results/state/vase/train_classifier"
+    rng = random.Random(5)
+    running = subprocess.Popen(
+        workflow.command(checkout, run, *force, *often), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    target = rng.randint(1, 4)
+    deadline = time.monotonic() + 300
+    while not any(int(p.name[5:]) >= target for p in state.glob("*/step-*[0-9]")):
+        assert time.monotonic() < deadline and running.poll() is None, "no state was saved"
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    kill_leftovers(run)
+    assert not (folder / "classifier.safetensors").exists()
+    workflow.run(checkout, run, "--unlock")
+    workflow.run(checkout, run, "vase_train_classifier", "--rerun-incomplete", *often)
+    log = (run / "results/logs/vase/train_classifier.log").read_text()
+    assert "resumed from" in log
+    assert {name: digests(folder)[name] for name in wanted} == wanted
+    assert not state.exists()
+
+
+def kill_leftovers(run: Path) -> None:
+    """End the launcher's own process group, which a group kill of Snakemake does not reach."""
+    time.sleep(1)
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    mine = [line.split()[0] for line in listed.splitlines() if "scripts.vase.train_classifier" in line]
+    mine = [pid for pid in mine if os.path.realpath(f"/proc/{pid}/cwd") == str(run.resolve())]
+    for pid in mine:
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_as_a_module_of_another_workflow(finished_run, tmp_path):
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    (outer / "Snakefile").write_text(
+        f"import yaml\n\n\nmodule kiln:\n    snakefile:\n        {str(checkout / 'Snakefile')!r}\n"
+        f"    config:\n        yaml.safe_load(open({str(run / 'config/config.yaml')!r}))\n\n\n"
+        "use rule * from kiln as kiln_*\n\n\n"
+        "rule mine:\n    default_target: True\n    input:\n        rules.kiln_vase_quality.input,\n"
+        "    output:\n        'mine.txt',\n    shell:\n        'wc -l {input} > {output}'\n"
+    )
+    done = workflow.run(outer, run, "mine", "--forcerun", "kiln_vase_choose_threshold")
+    jobs = workflow.finished(done.stdout + done.stderr)
+    assert jobs["mine"] == 1 and "kiln_vase_choose_threshold" in jobs
+    assert (run / "mine.txt").read_text()
+
+
+def test_a_read_only_results_folder_is_named(finished_run, tmp_path):
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    shutil.rmtree(run / "results")
+    (run / "results").mkdir()
+    inner = " ".join(f"'{part}'" for part in workflow.command(checkout, run, "vase_images"))
+    script = f"mount -t tmpfs -o ro none '{run}/results' && {inner}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    text = done.stdout + done.stderr
+    if "unshare" in text and "permitted" in text:
+        pytest.skip("this machine lets nobody mount a read-only folder")
+    assert done.returncode and "Hint:" in text and "results" in text, text[-2000:]
+    assert not workflow.finished(text)

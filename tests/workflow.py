@@ -1,0 +1,62 @@
+"""Running the real workflow from a copy of the checkout, whose code a test may edit."""
+
+import collections
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("Snakefile", "rules", "scripts", "envs", "slurm", "config/models.csv")
+
+
+def copy_checkout(folder: Path) -> Path:
+    """A copy of what the workflow needs, without the user's own config.yaml."""
+    for name in COPIED:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
+    return folder
+
+
+def command(checkout: Path, directory: Path, *arguments: str) -> list[str]:
+    """The command line of Snakemake for a checkout, run in `directory`."""
+    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(checkout / "Snakefile")]
+    return [*snakemake, "--directory", str(directory), "--cores", "2", *arguments]
+
+
+def run(checkout: Path, directory: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run Snakemake from a folder that is neither the checkout nor the run's."""
+    done = subprocess.run(
+        command(checkout, directory, *arguments), capture_output=True, text=True, cwd=directory.parent, timeout=900
+    )
+    if check and done.returncode:
+        raise AssertionError(f"snakemake failed:\n{(done.stdout + done.stderr)[-6000:]}")
+    return done
+
+
+def planned(checkout: Path, directory: Path, *arguments: str) -> dict[str, int]:
+    """{rule: jobs} that a dry run plans; named targets are left out."""
+    done = run(checkout, directory, "--dry-run", *arguments)
+    return count_jobs(done.stdout + done.stderr)
+
+
+def count_jobs(text: str) -> dict[str, int]:
+    """{rule: jobs} of the first job table in Snakemake's output."""
+    jobs: dict[str, int] = collections.Counter()
+    _, found, table = text.partition("Job stats:")
+    for line in table.splitlines() if found else []:
+        if line.startswith("total"):
+            break
+        if match := re.fullmatch(r"(\w+)\s+(\d+)", line.strip()):
+            jobs[match[1]] = int(match[2])
+    return {rule: n for rule, n in jobs.items() if rule not in ("all", "vase_images", "vase_quality", "report")}
+
+
+def finished(text: str) -> dict[str, int]:
+    """{rule: jobs} that Snakemake's output says it finished."""
+    return dict(collections.Counter(re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", text)))
