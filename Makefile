@@ -51,8 +51,7 @@ config: install ## make config/default.yaml, config/schema.json and envs/*.yaml 
 	$(BIN)/python -m scripts.envs --write
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz)
-	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot > docs/dag.dot
-	dot -Tsvg docs/dag.dot -o docs/dag.svg
+	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor

@@ -7,6 +7,7 @@ open new shards; a removed or rewritten file changes the digest of its own shard
 import collections
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -137,17 +138,19 @@ class ShardTable:
         Raises:
             KilnError: it is missing or damaged.
         """
+        shards = collections.defaultdict(list)
         try:
             table = pq.read_table(path)
+            columns = (table.column(n).to_pylist() for n in ("shard", "path", "size", "mtime_ns"))
+            for name, *item in zip(*columns, strict=True):
+                if not re.fullmatch(r"s\d{5,}", name):
+                    raise ValueError(f"{name!r} is no shard")
+                shards[name].append(Item(*item))
+            return cls(dict(shards), int((table.schema.metadata or {}).get(b"ignored", b"0")))
         except FileNotFoundError:
             raise KilnError(f"{path}: no shard table", "start from the workflow: it scans the folder") from None
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
             raise KilnError(f"{path}: damaged shard table: {error}", "delete it: the next run makes it anew") from None
-        shards = collections.defaultdict(list)
-        columns = (table.column(n).to_pylist() for n in ("shard", "path", "size", "mtime_ns"))
-        for name, *item in zip(*columns, strict=True):
-            shards[name].append(Item(*item))
-        return cls(dict(shards), int((table.schema.metadata or {}).get(b"ignored", b"0")))
 
 
 def assign(previous: ShardTable | None, found: Scan, per_shard: int) -> ShardTable:
