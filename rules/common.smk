@@ -79,6 +79,11 @@ GPUS = {
 }
 
 
+def launcher(name):
+    """Options of the launcher for a resource class: how many GPUs, and whether none on the machine will do."""
+    return f"--gpus {GPUS[name]}" + (" --or-cpu" if CONFIG.device == "auto" else "")
+
+
 def class_threads(name):
     """CPU threads of a resource class."""
     return kiln_config.section(CONFIG, f"resources.{name}").threads

@@ -259,7 +259,7 @@ rule vase_train_classifier:
         images=outside(CONFIG.vase.labelled),
         execution=outside(execution("vase.classifier")),
         device=outside(CONFIG.device),
-        gpus=outside(GPUS["gpu_single"]),
+        launcher=outside(launcher("gpu_single")),
         state=outside(f"{STATE}/vase/train_classifier"),
         tracker=outside(f"{LOGS}/vase/train_classifier"),
         settings=numerics("vase.classifier"),
@@ -269,7 +269,7 @@ rule vase_train_classifier:
     message:
         "Train the image-quality classifier"
     shell:
-        "{params.step} scripts.common.launch --gpus {params.gpus} -- scripts.vase.train_classifier"
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.train_classifier"
         " --images {params.images:q}"
         " --labelled {input.labelled:q}"
         " {params.weights}"
@@ -306,13 +306,13 @@ rule vase_classify_images:
         images=outside(CONFIG.vase.images),
         execution=outside(execution("vase.classify")),
         device=outside(CONFIG.device),
-        gpus=outside(GPUS["gpu_single"]),
+        launcher=outside(launcher("gpu_single")),
         settings=numerics("vase.classify"),
         code=code_key("scripts.vase.classify_images"),
     message:
         "Classify images of shard {wildcards.shard}"
     shell:
-        "{params.step} scripts.common.launch --gpus {params.gpus} -- scripts.vase.classify_images"
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.classify_images"
         " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --classifier {input.classifier:q}"
@@ -384,14 +384,14 @@ rule vase_embed_images:
         images=outside(CONFIG.vase.images),
         execution=outside(execution("vase.clip")),
         device=outside(CONFIG.device),
-        gpus=outside(GPUS["gpu_single"]),
+        launcher=outside(launcher("gpu_single")),
         settings=numerics("vase.clip"),
         code=code_key("scripts.vase.embed_images"),
         model=lambda w, input: str(Path(input.model[0]).parent),
     message:
         "Embed images of shard {wildcards.shard} by CLIP"
     shell:
-        "{params.step} scripts.common.launch --gpus {params.gpus} -- scripts.vase.embed_images"
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.embed_images"
         " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --model {params.model:q}"

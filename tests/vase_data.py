@@ -17,7 +17,7 @@ CLIP = {
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def draw(folder: Path, seed: int = 3, vases: int = 9) -> Path:
+def draw(folder: Path, seed: int = 3, vases: int = 16) -> Path:
     """Raw and labelled pictures of a few vases, and what is true of them."""
     settings = {
         "seed": seed, "vases": vases, "labelled_vases": 12, "shared_vases": 3, "clip_vases": 1, "image_size": 40,

@@ -128,7 +128,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if os.path.lexists(folder):
             os.rename(folder, old)
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, folder)
+            raise
         if old.is_symlink():
             old.unlink()
         shutil.rmtree(old, ignore_errors=True)

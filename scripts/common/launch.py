@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, forward)
 
+    if args.gpus and args.or_cpu and not _uuids():
+        log.info("no GPU on this machine: running on its CPU")
+        args.gpus = 0
     chosen, held = choose_gpus(args.gpus, args.visible, os.environ, owner=command[0])
     environment = {**os.environ, **chosen, PARENT: str(os.getpid())}
     processes = args.processes or max(1, args.gpus)
@@ -77,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.common.launch",
-        usage="%(prog)s [--gpus N] [--processes P] [--visible A,B,...] -- MODULE [ARGUMENTS ...]",
+        usage="%(prog)s [--gpus N [--or-cpu]] [--processes P] [--visible A,B,...] -- MODULE [ARGUMENTS ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpus", type=int, default=0, help="how many GPUs the step gets; 0: it sees none")
+    parser.add_argument("--or-cpu", action="store_true", help="with no GPU on this machine, run without one")
     parser.add_argument("--processes", type=int, help="how many processes (default: one per GPU, at least one)")
     parser.add_argument("--visible", help="GPUs to choose from, as in CUDA_VISIBLE_DEVICES (default: that, or all)")
     argv = list(argv)

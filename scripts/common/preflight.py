@@ -77,6 +77,31 @@ def estimate_training_memory(
     return round(weights + trainable * each + trainable * optimiser_states * OPTIMISER_BYTES + activation_bytes)
 
 
+def activation_bytes(model, input_shape: Sequence[int]) -> int:
+    """Bytes that one forward pass of a torch `model` keeps for its backward pass, on a float32 input.
+
+    Counted without computing anything: a copy of the model runs on the meta device, and every distinct
+    storage that autograd saves, weights apart, is added up. Half precision needs about half.
+    """
+    import copy
+
+    import torch
+
+    shadow = copy.deepcopy(model).to("meta").train()
+    weights = {tensor.untyped_storage()._cdata for tensor in [*shadow.parameters(), *shadow.buffers()]}
+    saved: dict[int, torch.UntypedStorage] = {}  # storages are kept, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        shadow(torch.zeros(*input_shape, device="meta"))
+    return sum(storage.nbytes() for storage in saved.values())
+
+
 def require_vram(
     needed: int, device: str, reduced_by: Sequence[str] = ("batch_size", "gradient_checkpointing")
 ) -> None:

@@ -11,6 +11,7 @@ from scripts.common.artefacts import atomic_path
 from scripts.common.errors import KilnError
 
 TEXT = ("path", "vase")  # columns that stay text as they stand: 007 is no number, NA is no gap
+GAPS = ("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
 
 
 def write_table(path: Path, frame: pd.DataFrame, sort_by: Sequence[str], schema: pa.Schema | None = None) -> None:
@@ -38,7 +39,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """
     try:
         if path.suffix.lower() == ".csv":
-            frame = pd.read_csv(path, converters=dict.fromkeys(TEXT, str))
+            gaps = {name: GAPS for name in pd.read_csv(path, nrows=0).columns if name not in TEXT}
+            frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), na_values=gaps, keep_default_na=False)
         else:
             frame = pd.read_parquet(path)
     except FileNotFoundError:

@@ -8,7 +8,7 @@ _PICTURE = ("a photo", "a photograph", "a picture", "an image", "a museum photog
 _WHOLE = ("intact", "complete", "undamaged", "whole", "well-preserved")
 _NOUN = ("vase", "vessel", "pot", "pottery vessel")
 _SEEN = {
-    "front": ("seen from the front", "in a frontal view", "showing its front", "with its main face in full view"),
+    "front": ("seen from the front", "in a frontal view", "facing the camera", "with its main face in full view"),
     "left": ("seen from the side", "in a side view", "in profile"),
     "right": ("seen from the side", "in a side view", "in profile"),
     "back": ("seen from the back", "in a back view", "seen from behind"),
@@ -21,7 +21,7 @@ _BAD_PICTURE = {
     "cropped": ("cropped", "badly cropped", "badly aimed, cropped"),
     "dark": ("dark", "under-exposed", "much too dark", "dark, under-exposed"),
 }
-_CONSEQUENCE = {"blurred": ", nothing is clear", "cropped": ", only part of it is there", "dark": ", hard to see"}
+_CONSEQUENCE = {"blurred": ", nothing is clear", "cropped": ", showing only part of it", "dark": ", hard to see"}
 
 
 def caption(facts: dict[str, Any], side: str, flaw: str | None, rng: np.random.Generator) -> str:
@@ -37,27 +37,29 @@ def caption(facts: dict[str, Any], side: str, flaw: str | None, rng: np.random.G
         return choices[rng.integers(len(choices))]
 
     noun = facts["shape"] if rng.random() < 0.5 else one(*_NOUN)
-    kind = one("ancient ", "ancient Greek ", "Greek ", "", "painted ", "")
+    kind = one("ancient ", "ancient Greek ", "Greek ", "", "finely painted ", "")
     kind += f"{facts['technique']} {noun}" if rng.random() < 0.5 else noun
+    if kind in _NOUN:
+        kind = f"old {kind}"  # a bare noun could make a caption equal to a prompt of the pipeline
     if flaw in _BAD_PICTURE:
-        text = f"{a(one(*_BAD_PICTURE[flaw]))} {one('picture', 'photo', 'photograph')} showing {a(kind)}"
+        text = f"{a(one(*_BAD_PICTURE[flaw]))} {one('picture', 'photo', 'photograph')} of {a(kind)}"
         return text + one(_CONSEQUENCE[flaw], "")
     if flaw == "shards":
         pieces = one("fragments", "shards", "pieces", "broken pieces", "scattered fragments")
-        return f"{pieces} from {one('a', 'a broken', 'a shattered')} {noun}" + one("", ", broken pottery")
+        return f"{pieces} of {one(a(kind), f'a broken {kind}', f'a shattered {kind}')}" + one("", ", broken pottery")
     if flaw == "broken":
         word = one("broken", "damaged", "incomplete", "broken and incomplete")
-        return f"{one(*_PICTURE)} showing {a(word)} {kind}" + one("", ", a large piece is missing")
+        return f"{one(*_PICTURE)} of {a(word)} {kind}" + one("", ", a large piece is missing")
     whole, seen = f"{one(*_WHOLE)} {kind}", one(*_SEEN[side])
     wordings = [
         f"{one(*_PICTURE)} of {a(whole)}, {seen}",
-        f"{a(whole)} standing alone, {seen}",
-        f"{a(whole)}, the {_PART[side]} of it",
+        f"{a(whole)} {seen}",
+        f"the {_PART[side]} of {a(whole)}",
     ]
     if side == "front":
         clear = one("clear", "sharp", "full", "clear and full")
         wordings += [
-            f"{a(clear)} picture of {a(whole)} {seen}",
+            f"{a(clear)} {one('view', 'picture', 'museum photograph')} of {a(whole)} {seen}",
             f"{a(clear)} frontal photograph of {a(kind)}, centred in the picture",
             f"the painted {facts['decoration']} on the front of {a(whole)}",
         ]

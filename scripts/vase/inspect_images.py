@@ -35,7 +35,7 @@ def inspect_files(folder: Path, paths: Sequence[str], max_pixels: int, processes
     """One row of `images.inspect` per path (relative to `folder`), in order.
 
     Raises:
-        KilnError: a file is gone since the folder was scanned.
+        KilnError: a file is gone since the folder was scanned, or may not be read.
     """
 
     def one(path: str) -> dict:
@@ -45,6 +45,11 @@ def inspect_files(folder: Path, paths: Sequence[str], max_pixels: int, processes
             raise KilnError(
                 f"{folder / path}: the file is gone since the folder was scanned",
                 "run again: the folder is scanned anew, and what is done stays done",
+            ) from None
+        except OSError as error:
+            raise KilnError(
+                f"{folder / path}: cannot be read ({error.strerror})",
+                "make it readable, or move it out of the folder of images",
             ) from None
 
     work = (joblib.delayed(one)(path) for path in progress.bar(paths, "inspect"))

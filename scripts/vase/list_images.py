@@ -37,16 +37,18 @@ def compile_pattern(pattern: str) -> re.Pattern:
 def add_views(frame: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
     """`frame` with columns `vase` and `view` (text) and `matched` (bool), from each file's name.
 
-    A file that does not match is a vase of its own, named by its path, with the single view "1".
+    A file that does not match, or names no vase, is a vase of its own, named by its path; where no view
+    is named, it is "1".
     """
     names = frame["path"].str.split("/").str[-1]
     if pattern is None:
         return frame.assign(vase=frame["path"], view="1", matched=False)
     compiled = compile_pattern(pattern)
     matches = [compiled.search(name) for name in names]
-    vase = [m["vase"] if m else path for m, path in zip(matches, frame["path"], strict=True)]
-    view = [m["view"] if m else "1" for m in matches]
-    return frame.assign(vase=vase, view=view, matched=[m is not None for m in matches])
+    named = [m is not None and bool(m["vase"]) for m in matches]  # an optional group may be absent or empty
+    vase = [m["vase"] if ok else path for m, ok, path in zip(matches, named, frame["path"], strict=True)]
+    view = [(m["view"] if ok else None) or "1" for m, ok in zip(matches, named, strict=True)]
+    return frame.assign(vase=vase, view=view, matched=named)
 
 
 def find_duplicates(frame: pd.DataFrame) -> pd.DataFrame:

@@ -70,7 +70,12 @@ def run(args: argparse.Namespace) -> None:
     artefacts.write_text(outputs[1], bad.sort_values("path")[["path", "reason"]].to_csv(sep="\t", index=False))
     counts = tables.reconcile("vase_list_labelled", len(frame), ok=len(ok), quarantined=len(bad))
     by_class = ok["label"].value_counts().sort_index()
-    summary = {**counts, "by_class": {str(k): int(v) for k, v in by_class.items()}, "vases": int(ok["vase"].nunique())}
+    summary = {
+        **counts,
+        "by_class": {str(k): int(v) for k, v in by_class.items()},
+        "vases": int(ok["vase"].nunique()),
+        "unmatched_names": int((~frame["matched"]).sum()),
+    }
     artefacts.write_json(outputs[2], summary)
     step.log.info("%s", summary)
     record.write(args.meta, outputs, items=len(frame))

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scripts.common import artefacts, devices, plots, statistics, step, tables, trackers, trivial
+from scripts.common import artefacts, devices, plots, preflight, statistics, step, tables, trackers, trivial
 from scripts.common.errors import KilnError
 from scripts.common.settings import of_kind
-from scripts.common.training_state import TrainingState, fingerprint
+from scripts.common.training_state import KEEP, TrainingState, fingerprint
 from scripts.vase import classifier
 from scripts.vase.classifier_training import Fit, LabelledImages, predict
 from scripts.vase.settings import ClassifierSettings
@@ -44,11 +44,25 @@ def build_model(values: ClassifierSettings, weights: Path | None) -> torch.nn.Mo
     return model
 
 
+def check_room(model: torch.nn.Module, values: ClassifierSettings, state_folder: Path, accelerator) -> None:
+    """State what training needs, and stop now if memory or disk lack it."""
+    parameters = sum(p.numel() for p in model.parameters())
+    shape = (values.batch_size // accelerator.num_processes, 3, values.image_size, values.image_size)
+    kept = preflight.activation_bytes(model, shape)
+    needed = preflight.estimate_training_memory(parameters, parameters, activation_bytes=kept)
+    settings = ("vase.classifier.batch_size", "vase.classifier.image_size", "vase.classifier.arch")
+    preflight.require_vram(needed, str(accelerator.device), settings)
+    one_state = 4 * 4 * parameters  # float32 weights, best weights and Adam's two moments
+    preflight.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
+
+
 def train(
     values: ClassifierSettings, sides: dict, weights: Path | None, accelerator, state: TrainingState, track: Path
 ):
     """Train to the end and return the `Fit`; resumes from `state`, logs to a tracker in `track`."""
-    fit = Fit(build_model(values, weights), sides["train"], sides["validation"], values, accelerator, values.workers)
+    model = build_model(values, weights)
+    check_room(model, values, state.folder, accelerator)
+    fit = Fit(model, sides["train"], sides["validation"], values, accelerator, values.workers)
     saved = state.load()
     if saved is not None:
         fit.load_state(saved)
