@@ -57,9 +57,9 @@ rule demo_train_clip:
         f"{BENCHMARKS}/demo/train_clip.tsv"
     conda:
         "../envs/clip.yaml"
-    threads: class_threads("cpu")
+    threads: class_threads("gpu_single")
     resources:
-        **class_resources("cpu"),
+        **class_resources("gpu_single"),
     params:
         step=outside(STEP),
         settings=numerics("demo.clip"),

@@ -141,12 +141,11 @@ def test_quarantine_says_why(images, work):
     (images / "deep/empty.png").write_bytes(b"")
     (images / "text.jpg").write_text("this is no picture")
     picture(images / "huge.png", seed=2, size=128)
-    (images / "cut.png").write_bytes((images / "huge.png").read_bytes()[:200])
+    (images / "cut.png").write_bytes(picture(images / "cut.png", seed=3, size=64).read_bytes()[:-60])
     manifest, quarantine, _, summary = list_all(images, work, inspect_settings={"max_pixels": 100 * 100})
     reasons = quarantine.set_index("path")["reason"].to_dict()
     assert list(reasons) == ["cut.jpg", "cut.png", "deep/empty.png", "huge.png", "text.jpg"]
-    assert reasons["cut.jpg"].startswith("truncated or corrupt")
-    assert reasons["cut.png"].startswith(("truncated or corrupt", "over-large"))
+    assert "truncated" in reasons["cut.jpg"].lower() and "truncated" in reasons["cut.png"].lower()
     assert reasons["deep/empty.png"] == "empty file"
     assert "128x128" in reasons["huge.png"] and "10000" in reasons["huge.png"]
     assert reasons["text.jpg"] == "not an image"

@@ -85,5 +85,3 @@ def clip_folder(folder: Path, seed: int = 0, embed_dim: int = 32, image_size: in
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
     return folder
-
-

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from scripts.common.errors import KilnError
+
 
 def epoch_order(items: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0..items-1 (int64), the same on every machine and for any number of processes."""
@@ -25,11 +27,18 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         batch_size: images per global batch; an epoch's last, smaller batch is dropped unless it is the only one.
         rank, ranks: process and number of processes; ranks divides batch_size.
         start: first global batch of this epoch to give out.
+
+    Raises:
+        KilnError: batches that the processes cannot share evenly, or fewer items than processes.
     """
 
     def __init__(
         self, items: int, batch_size: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1, start: int = 0
     ):
+        if batch_size % ranks:
+            raise KilnError(f"batch_size {batch_size} over {ranks} processes", f"set it to a multiple of {ranks}")
+        if items < ranks:
+            raise KilnError(f"{items} training items for {ranks} processes", "add data, or use fewer processes")
         self.order = epoch_order(items, seed, epoch)
         self.batch_size, self.epoch, self.start = batch_size, epoch, start
         self.rank, self.ranks = rank, ranks

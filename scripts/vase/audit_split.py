@@ -49,14 +49,21 @@ def run(args: argparse.Namespace) -> None:
     """Audit what `args` name.
 
     Raises:
-        KilnError: a stage learned from a test vase; names stage and vases.
+        KilnError: a stage learned from a test vase, recorded none at all, or one that has no side; names
+            stage and vases.
     """
     inputs = {n: getattr(args, n) for n in ("splits", "classifier", "sample")}
     record = step.record(args, "scripts.vase.audit_split", None, inputs)
     splits = tables.read_table(args.splits, ["vase", "group", "side"])
     classifier = tables.read_table(args.classifier, ["vase", "role"])
     sample = tables.read_table(args.sample, ["vase"])
-    report = audit(used_by_stage(classifier, sample), splits)
+    stages = used_by_stage(classifier, sample)
+    for stage, vases in stages.items():
+        unknown = sorted(set(vases) - set(splits["vase"]))
+        if unknown or vases.empty:
+            what = f"{len(unknown)} vases that have no side, such as {unknown[0]}" if unknown else "no vase at all"
+            raise KilnError(f"{stage} {what}", "these tables are not of one run: delete the older and run again")
+    report = audit(stages, splits)
     for check in report["checks"]:
         if check["shared_with_test"]:
             names = ", ".join(check["shared_with_test"][:5])

@@ -66,7 +66,7 @@ def attribute_strata(groups: pd.Series, table: Path | None, columns: Sequence[st
         columns: of the table.
 
     Raises:
-        KilnError: columns are named, but there is no table.
+        KilnError: columns are named, but there is no table, or it has two rows for a vase.
     """
     names = pd.Index(sorted(set(groups)))
     strata = pd.Series("", index=names)
@@ -74,11 +74,23 @@ def attribute_strata(groups: pd.Series, table: Path | None, columns: Sequence[st
         return strata
     if table is None:
         raise KilnError("vase.split.stratify names columns, but there is no table", "set vase.attributes")
-    attributes = tables.read_table(table, ["vase", *columns]).set_index("vase")
+    attributes = tables.read_table(table, ["vase", *columns])
+    attributes = attributes.set_index(attributes["vase"].astype(str))
+    doubled = attributes.index[attributes.index.duplicated()]
+    if len(doubled):
+        raise KilnError(f"{table}: two rows for vase {doubled[0]!r}", "keep one row for each vase")
     first = pd.Series(groups.index, index=groups.to_numpy()).groupby(level=0).min()
     for column in columns:
-        strata = strata + " | " + first.map(attributes[column]).fillna("?").astype(str)
+        texts = dict(zip(attributes.index, map(_text, attributes[column]), strict=True))
+        strata = strata + " | " + first.map(lambda vase, texts=texts: texts.get(vase, "?"))
     return strata
+
+
+def _text(value: object) -> str:
+    """A value's name, the same whether or not a gap elsewhere turned its column into floats."""
+    if pd.isna(value):
+        return "?"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def shares(values: SplitSettings) -> tuple[float, float, float]:
