@@ -260,6 +260,7 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["shared.pt", "rank-0.pt"])
 @pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_a_malicious_pickle_is_refused(state, tmp_path, name, writer):
@@ -435,7 +436,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "die_rank"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("ranks", "die_rank"), [(1, 0), (2, 1)])
 def test_a_killed_training_ends_with_the_same_bytes(tmp_path, ranks, die_rank):
     """Every rank: weights and the random numbers that come next. With two processes they meet through gloo."""
     assert train(tmp_path, "whole", ranks, free_port()) == [0] * ranks

@@ -389,4 +389,4 @@ def test_a_file_that_is_no_classifier_is_refused(images, names, tmp_path, model_
 def test_predictions_of_all_shards_are_sorted_by_path(tmp_path):
     rows = [{"path": f"{i}.jpg", "probability": i / 10, "label": 0} for i in range(6)]
     parts = [write(tmp_path / f"{k}.parquet", rows[k::2]) for k in (1, 0)]
-    assert classify_images.read_predictions(parts)["path"].tolist() == [r["path"] for r in rows]
+    assert link_classes.read_predictions(parts)["path"].tolist() == [r["path"] for r in rows]

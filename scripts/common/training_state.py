@@ -153,8 +153,9 @@ class TrainingState:
         """Save the state after `step` steps; `payload` holds tensors and plain values (rank 0's counts)."""
         final = self.folder / f"step-{step:09d}"
         partial = final.with_suffix(".partial")
-        while final.exists():  # saved at this step before: that state stays until this one is whole
-            final = final.with_name(f"{final.name}-again")
+        earlier = [p.name for p in self.saved() if p.name.startswith(final.name)]
+        if earlier:  # at this very step: that state stays until this one is whole, and sorts before it
+            final = final.with_name(f"{final.name}-{int(earlier[-1][len(final.name) + 1 :] or 0) + 1:03d}")
         try:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

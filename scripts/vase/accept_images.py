@@ -13,7 +13,7 @@ import pandas as pd
 
 from scripts.common import artefacts, plots, step, tables
 from scripts.common.errors import KilnError
-from scripts.vase.link_classes import link_images
+from scripts.vase.links import link_images
 
 SAMPLES = 8
 SIMILARITIES = ["high_quality_similarity", "low_quality_similarity"]

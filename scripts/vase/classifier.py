@@ -48,6 +48,9 @@ def load_backbone(model: nn.Module, path: Path) -> None:
     """
     state = {k: v for k, v in _read_state(path).items() if not k.startswith("fc.")}
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
+    # torchvision's older files do not count the batches that a batch norm has seen; nothing here needs that
+    counts = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
+    state = counts | state
     _check_state(own, state, path)
     model.load_state_dict(state, strict=False)
 
@@ -56,7 +59,10 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        return state
     except FileNotFoundError:
         raise KilnError(f"{path}: no such weights", "check the path, or name a row of config/models.csv") from None
     except Exception as error:

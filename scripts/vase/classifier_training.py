@@ -136,7 +136,11 @@ class Fit:
         after_step(self)
 
     def _loader(self, data: Dataset, batches) -> DataLoader:
-        return DataLoader(data, batch_sampler=batches, num_workers=self.workers, pin_memory=self._on_gpu())
+        # a loader draws a seed for its workers; from the global generator, a resumed epoch would draw once more
+        own = torch.Generator().manual_seed(self.settings.seed)
+        return DataLoader(
+            data, batch_sampler=batches, num_workers=self.workers, pin_memory=self._on_gpu(), generator=own
+        )
 
     def _on_gpu(self) -> bool:
         return self.accelerator.device.type == "cuda"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from scripts.common import devices, image_batches, step, tables
@@ -57,12 +56,6 @@ def run(args: argparse.Namespace) -> None:
     tables.write_table(args.output, frame, ["path"])
     step.log.info("%s: %d images, %d of high quality", args.shard.stem, len(frame), int(frame["label"].sum()))
     record.write(args.meta, [args.output], items=len(frame))
-
-
-def read_predictions(shards: Sequence[Path]) -> pd.DataFrame:
-    """All shards' predictions (path, probability, label), sorted by path."""
-    parts = [tables.read_table(path, ["path", "probability", "label"]) for path in shards]
-    return pd.concat(parts, ignore_index=True).sort_values("path", ignore_index=True)
 
 
 if __name__ == "__main__":

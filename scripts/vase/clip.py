@@ -1,12 +1,12 @@
 """The CLIP model of acceptance and view selection, from a folder that open_clip loads as `local-dir:`."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from scripts.common.errors import KilnError
@@ -38,7 +38,7 @@ def load(folder: Path) -> Clip:
     try:
         model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    except (RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
+    except (RuntimeError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise KilnError(
             f"{folder}: {WEIGHTS} does not fit {CONFIG}: {str(error)[:500]}", "fetch the folder anew, whole"
         ) from None

@@ -10,21 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from scripts.common import artefacts, step, tables
-from scripts.vase.classify_images import read_predictions
+from scripts.vase.links import link_images
 
 
-def link_images(folder: Path, rows: pd.DataFrame, images: Path) -> None:
-    """Make `folder` hold `rows.name` -> link to the raw image `rows.path`, with a `files.json`.
-
-    Args:
-        folder: replaced whole.
-        rows: columns name, path, bytes, sha256; names are unique.
-        images: folder that the paths are relative to.
-    """
-    links = {name: images / path for name, path in zip(rows["name"], rows["path"], strict=True)}
-    facts = zip(rows["name"], rows["bytes"], rows["sha256"], strict=True)
-    records = {name: {"bytes": int(size), "sha256": digest} for name, size, digest in facts}
-    artefacts.link_folder(folder, links, records)
+def read_predictions(shards: Sequence[Path]) -> pd.DataFrame:
+    """All shards' predictions (path, probability, label), sorted by path."""
+    parts = [tables.read_table(path, ["path", "probability", "label"]) for path in shards]
+    return pd.concat(parts, ignore_index=True).sort_values("path", ignore_index=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from scripts.common import artefacts, plots, step, tables
-from scripts.vase.link_classes import link_images
+from scripts.vase.links import link_images
 
 SHEET_VASES = 10
 SHEET_VIEWS = 8

@@ -1,0 +1,180 @@
+"""Environments and rules: pins of the lock, all that a rule's step imports, one name everywhere."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from packaging.utils import canonicalize_name
+
+from scripts import envs
+from scripts.common import code_key
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = {"wandb"}  # imported only by who asks for it, with a hint where it is missing
+
+
+class Rule(NamedTuple):
+    """A rule as its file's text has it: one string for each section."""
+
+    name: str
+    sections: dict[str, str]
+
+
+def rules() -> dict[str, Rule]:
+    """Every rule and checkpoint that runs a command."""
+    found = {}
+    for path in sorted(ROOT.glob("rules/*.smk")):
+        parts = re.split(r"^(?:rule|checkpoint) (\w+):\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for name, body in zip(parts[1::2], parts[2::2], strict=True):
+            body = re.split(r"^\S", body, maxsplit=1, flags=re.MULTILINE)[0]
+            pieces = re.split(r"^    (\w+):", body, flags=re.MULTILINE)
+            sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+            if "shell" in sections:
+                found[name] = Rule(name, sections)
+    return found
+
+
+RULES = rules()
+
+
+def modules_of(rule: Rule) -> list[str]:
+    """The step that a rule calls, behind its launcher if it has one; none if it calls another program."""
+    return re.findall(r"(?<=[ \"])scripts(?:\.\w+)+", rule.sections["shell"])
+
+
+def module_of(rule: Rule) -> str | None:
+    """The step that a rule calls; None if it calls another program, such as snakemake."""
+    return (modules_of(rule) or [None])[-1]
+
+
+def pins(family: str) -> dict[str, str]:
+    """{canonical name: version} of an environment file."""
+    made = yaml.safe_load((ROOT / f"envs/{family}.yaml").read_text(encoding="utf-8"))
+    assert made["channels"] == ["conda-forge", "nodefaults"]
+    (packages,) = [part["pip"] for part in made["dependencies"] if isinstance(part, dict)]
+    return {canonicalize_name(name): version for name, _, version in (p.partition("==") for p in packages)}
+
+
+def lock() -> dict[str, str]:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    return {canonicalize_name(m[1]): m[2] for m in re.finditer(r"^([\w.-]+)==(\S+)$", text, flags=re.MULTILINE)}
+
+
+FAMILIES = sorted(path.stem for path in ROOT.glob("envs/*.yaml"))
+
+
+def test_no_environment_is_missing_or_left_over():
+    assert sorted(envs.FAMILIES) == FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pins_are_those_of_the_lock(family):
+    wrong = {name: version for name, version in pins(family).items() if lock().get(name) != version}
+    assert not wrong
+    assert len(pins(family)) > 3
+
+
+def test_environments_are_up_to_date():
+    stale = [path.name for path, text in envs.texts().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run `make config`"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pins_hold_all_that_they_need(family):
+    """By the metadata of what is installed: each requirement for this platform is pinned, to a version that suits."""
+    from packaging.requirements import Requirement
+
+    held = pins(family)
+    for name in held:
+        for need in map(Requirement, importlib.metadata.requires(name) or []):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                other = canonicalize_name(need.name)
+                assert other in held, f"{name} needs {need}"
+                assert need.specifier.contains(held[other], prereleases=True), f"{name} needs {need}"
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names that a file imports, at its head or in a function; not those for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def reached(module: str) -> set[str]:
+    """Third-party packages (canonical names) in a step's module and all that it imports, settings included."""
+    todo, seen, packages = [module], set(), set()
+    of_name = importlib.metadata.packages_distributions()
+    while todo:
+        name = todo.pop()
+        path = code_key._file_of(name, ROOT)
+        if path is None or name in seen:
+            continue
+        seen.add(name)
+        todo += code_key._imports(name, path)
+        for top in imports(path) - set(sys.stdlib_module_names) - {"scripts"} - OPTIONAL:
+            assert top in of_name, f"{path}: {top} is not installed here"
+            packages.add(canonicalize_name(of_name[top][0]))
+    return packages
+
+
+def test_the_rules_are_found():
+    assert len(RULES) > 10
+    assert {"vase_split", "demo_draw_vases"} <= set(RULES)
+    assert "scikit-learn" in reached("scripts.vase.train_classifier")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_says_all_it_must(name):
+    sections = RULES[name].sections
+    missing = {"output", "log", "benchmark", "conda", "threads", "message", "params"} - set(sections)
+    assert not missing
+    assert "{log" in sections["shell"]
+    assert re.fullmatch(r"\s*\"\.\./envs/(\w+)\.yaml\"\s*", sections["conda"])
+    assert re.search(r"envs/(\w+)", sections["conda"])[1] in FAMILIES
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_name_everywhere(name):
+    """Rule `vase_split`: script scripts/vase/split.py, logs below vase/split, benchmarks too."""
+    rule = RULES[name]
+    pipeline, _, stem = name.partition("_")
+    module = module_of(rule)
+    if module:
+        assert module.startswith(f"scripts.{pipeline}.")
+        assert module.split(".")[-1] == stem or module.split(".")[1:] == name.split("_")
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    for section, folder, ending in (("log", "LOGS", "log"), ("benchmark", "BENCHMARKS", "tsv")):
+        place = re.search(rf"\{{{folder}\}}/([^\"]+)\.{ending}\"", rule.sections[section])
+        assert place, rule.sections[section]
+        parts = [part for part in place[1].split("/") if "{" not in part]
+        assert "_".join(parts) == name
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if module_of(rule)])
+def test_an_environment_holds_all_that_its_rule_imports(name):
+    family = re.search(r"envs/(\w+)", RULES[name].sections["conda"])[1]
+    missing = set().union(*map(reached, modules_of(RULES[name]))) - set(pins(family))
+    assert not missing, f"envs/{family}.yaml lacks them"
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if module_of(rule)])
+def test_a_rules_code_key_is_of_its_own_step(name):
+    """Or of modules that the step imports, where only some decide numbers."""
+    rule = RULES[name]
+    module = module_of(rule)
+    code = re.search(r"code=code_key\((.*?)\)", rule.sections["params"], flags=re.DOTALL)[1]
+    if code.startswith("*"):
+        text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("rules/*.smk"))
+        code = re.search(rf"^{code[1:]} = \((.*?)\)", text, flags=re.DOTALL | re.MULTILINE)[1]
+    named = set(re.findall(r"\"([\w.]+)\"", code))
+    assert named
+    assert named <= code_key._closure((module,), ROOT)
