@@ -595,5 +595,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         curve = golden_curve(Path(place))
     known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    known["classifier_loss"] = {"rtol": 0.01, "values": [round(v, 6) for v in curve]}
+    known["classifier_loss"] = {"rtol": 0.03, "values": [round(v, 6) for v in curve]}
     GOLDEN.write_text(json.dumps(known, indent=1) + "\n")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from vase_fixtures import clip_folder, command_line, error_of, picture, run, write
 
 from scripts.common.errors import KilnError
-from scripts.vase import classifier, classify_images, clip, embed_images, score_images
+from scripts.vase import classifier, classify_images, clip, embed_images, link_classes, score_images
 from scripts.vase.settings import ClassifierSettings, PromptSettings
 
 N = 11

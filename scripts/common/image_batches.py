@@ -5,18 +5,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from scripts.common import progress
 from scripts.common.errors import KilnError
-from scripts.common.images import ImageError, open_rgb
+from scripts.common.listed_images import collate, open_listed, unwrapped
 
 
 class ImageFiles(Dataset):
-    """index -> transformed image, or the error if a file that a manifest calls readable is not.
-
-    The error is handed over, not raised: a data loader's worker can only raise one of a single argument.
-    """
+    """index -> transformed image, or a KilnError as an item; see `listed_images`."""
 
     def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], torch.Tensor], at_least: int | None):
         self.paths, self.transform, self.at_least = paths, transform, at_least
@@ -25,19 +22,10 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor | KilnError:
-        path = self.paths[index]
         try:
-            return self.transform(open_rgb(path, 2**62, self.at_least))
-        except (ImageError, FileNotFoundError) as error:
-            return KilnError(
-                f"{path}: readable when it was listed, now: {error}",
-                "run again: the folder is scanned anew, and what is done stays done",
-            )
-
-
-def _stack(images: list[torch.Tensor | KilnError]) -> torch.Tensor | KilnError:
-    errors = [image for image in images if isinstance(image, KilnError)]
-    return errors[0] if errors else default_collate(images)
+            return self.transform(open_listed(self.paths[index], self.at_least))
+        except KilnError as error:
+            return error
 
 
 def batches(
@@ -59,12 +47,10 @@ def batches(
     """
     data = ImageFiles(paths, transform, at_least)
     pin = device.type == "cuda"
-    loader = DataLoader(data, batch_size=batch_size, num_workers=workers, pin_memory=pin, collate_fn=_stack)
+    loader = DataLoader(data, batch_size=batch_size, num_workers=workers, pin_memory=pin, collate_fn=collate)
     layout = torch.channels_last if pin else torch.contiguous_format
     for images in progress.bar(loader, f"{name} (batches of {batch_size})"):
-        if isinstance(images, KilnError):
-            raise images
-        real = len(images)
+        real = len(unwrapped(images))
         if real < batch_size:
             images = torch.cat([images, images[-1:].expand(batch_size - real, -1, -1, -1)])
         yield images.to(device, non_blocking=True, memory_format=layout), real

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from scripts.common.data_order import EpochBatches, item_seed
-from scripts.common.images import open_rgb
+from scripts.common.errors import KilnError
+from scripts.common.listed_images import collate, open_listed, unwrapped
 from scripts.vase import classifier
 from scripts.vase.settings import ClassifierSettings
-
-MAX_PIXELS = 2**62  # the listing has refused over-large files already
 
 
 class LabelledImages(Dataset):
@@ -35,9 +34,12 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | KilnError:
         epoch, index = key
-        image = open_rgb(self.paths[index], MAX_PIXELS, self.decode)
+        try:
+            image = open_listed(self.paths[index], self.decode)
+        except KilnError as error:
+            return error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(item_seed(self.seed, epoch, index))
             return self.transform(image), int(self.labels[index])
@@ -128,19 +130,15 @@ class Fit:
             self.accelerator.process_index, ranks, at.batch,
         )  # fmt: skip
         self.model.train()
-        for images, labels in self._loader(self.data, batches):
-            self._step(images, labels)
+        for batch in self._loader(self.data, batches):
+            self._step(*unwrapped(batch))
             if at.batch < batches.total():
                 after_step(self)
         self._close_epoch()
         after_step(self)
 
     def _loader(self, data: Dataset, batches) -> DataLoader:
-        # a loader draws a seed for its workers; from the global generator, a resumed epoch would draw once more
-        own = torch.Generator().manual_seed(self.settings.seed)
-        return DataLoader(
-            data, batch_sampler=batches, num_workers=self.workers, pin_memory=self._on_gpu(), generator=own
-        )
+        return make_loader(data, batches, self.workers, pin_memory=self._on_gpu())
 
     def _on_gpu(self) -> bool:
         return self.accelerator.device.type == "cuda"
@@ -192,6 +190,17 @@ class Fit:
         return float(loss), float((logits.argmax(1) == labels).double().mean())
 
 
+def make_loader(data: Dataset, batches, workers: int, pin_memory: bool = False) -> DataLoader:
+    """A loader of given batches that leaves torch's global generator alone.
+
+    A loader draws a seed for its workers each time it starts: a resumed epoch would draw once more.
+    """
+    own = torch.Generator().manual_seed(0)
+    return DataLoader(
+        data, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, generator=own
+    )
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, data: LabelledImages, settings: ClassifierSettings, accelerator, workers: int):
     """Logits [N,2] float32 and labels [N] int64, both on the CPU, in the order of `data`."""
@@ -200,7 +209,8 @@ def predict(model: nn.Module, data: LabelledImages, settings: ClassifierSettings
     keys = [(0, index) for index in range(len(data))]
     batches = [keys[i : i + settings.batch_size] for i in range(0, len(keys), settings.batch_size)]
     logits, labels = [], []
-    for images, target in DataLoader(data, batch_sampler=batches, num_workers=workers):
+    for batch in make_loader(data, batches, workers):
+        images, target = unwrapped(batch)
         with accelerator.autocast():
             logits.append(model(images.to(accelerator.device)).float().cpu())
         labels.append(target)

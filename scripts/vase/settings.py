@@ -30,7 +30,7 @@ class SplitSettings(Settings):
     train: float = Field(0.8, gt=0, lt=1, description="share of vases")
     validation: float = Field(0.1, gt=0, lt=1, description="share of vases")
     test: float = Field(0.1, gt=0, lt=1, description="share of vases")
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     stratify: tuple[str, ...] = Field((), description="columns of `attributes` to stratify by, beside the labels")
 
     @model_validator(mode="after")
@@ -66,7 +66,7 @@ class ClassifierSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type on a GPU")
     decode: Literal["full", "reduced"] = Field("reduced", description="reduced: JPEGs at 1/2..1/8, >= 2x image_size")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     workers: int = execution(4, ge=0, description="processes that decode images")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, description="save and exit non-zero after this time")
@@ -135,7 +135,7 @@ class ThresholdSettings(Settings):
     sides: tuple[Literal["train", "validation", "test"], ...] = Field(
         ("train", "validation"), min_length=1, description="sides to sample; the original sampled all, test too"
     )
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
     @model_validator(mode="after")
     def _fixed_needs_value(self):
