@@ -51,9 +51,10 @@ VIEWS = len(SIDES_OF_VASES)
 PERCENTILE = 25  # of the scores, as published: the threshold of filter 1
 TARGET = {"cpu": 1.5, "cuda": 10.0}
 CHECKED = 32  # images of the check with a full decode, and of the original's profile
-# What counts as agreement: equal classes, and differences in units of the figures' spread over the images. With a
-# full decode only resizing (of tensors or of Pillow's images) and the batch size differ.
-LEAST_EQUAL, LARGEST_REDUCED, LARGEST_FULL = 0.95, 0.5, 0.25
+# What counts as agreement: equal classes (random weights put many images near the border of the two), and the largest
+# difference in units of the figures' standard deviation over the images. With a full decode only resizing (of tensors
+# or of Pillow's images) and the batch size differ.
+LEAST_EQUAL, LARGEST_REDUCED, LARGEST_FULL = 0.9, 0.5, 0.25
 
 
 class Original:
@@ -287,18 +288,21 @@ def make_models(folder: Path) -> None:
 
 @torch.no_grad()
 def _calibrate(model: torch.nn.Module, values: ClassifierSettings, paths: Sequence[Path]) -> None:
-    """Let random weights tell images apart: measured batch statistics, and half of the images in each class."""
+    """Let random weights tell images apart, as trained ones do; half of the images fall in each class."""
     transform = classifier.evaluation_transform(values.image_size)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the plain mean over batches
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over batches
+            if name.endswith("bn3"):
+                module.weight.fill_(0.2)  # weak residual branches: else random weights amplify a grey level's rounding
     model.train()
     model(images)
     model.eval()
     logits = model(images)
+    model.fc[-1].weight *= 2 / (logits[:, 1] - logits[:, 0]).std()
+    logits = model(images)
     model.fc[-1].bias[1] -= (logits[:, 1] - logits[:, 0]).median()
-    model.fc[-1].weight *= 2 / (logits[:, 1] - logits[:, 0]).std().clamp(min=1e-6)
 
 
 def compare(theirs: dict, ours: dict, full: dict, exact: bool) -> dict:
@@ -312,9 +316,11 @@ def compare(theirs: dict, ours: dict, full: dict, exact: bool) -> dict:
         "difference": {"reduced": _differences(theirs, ours), "full": _differences(theirs, full)},
     }
     allowed = {"reduced": LARGEST_REDUCED, "full": LARGEST_FULL if exact else LARGEST_REDUCED}
-    close = [found["difference"][d]["score"] <= allowed[d] * found["spread"]["score"] for d in allowed]
-    # random weights amplify what a reduced decode changes, so there only the classes count
-    close.append(found["difference"]["full"]["probability"] <= allowed["full"] * found["spread"]["probability"])
+    close = [
+        found["difference"][decode][figure] <= largest * found["spread"][figure]
+        for decode, largest in allowed.items()
+        for figure in found["spread"]
+    ]
     return found | {"allowed": allowed, "agrees": found["equal_classes"] >= LEAST_EQUAL and all(close)}
 
 
@@ -411,8 +417,8 @@ def report(facts: dict) -> None:
     print(
         f"  (spread over images: probability {agreed['spread']['probability']:.4f},"
         f" score {agreed['spread']['score']:.6f})\n"
-        f"  asked for: {LEAST_EQUAL:.0%} of classes; scores within {agreed['allowed']['reduced']:g} of their spread;"
-        f" with a full decode scores and probabilities within {agreed['allowed']['full']:g}:"
+        f"  asked for: {LEAST_EQUAL:.0%} of classes, differences within {agreed['allowed']['reduced']:g} of the spread,"
+        f" with a full decode within {agreed['allowed']['full']:g}:"
         f" {'met' if agreed['agrees'] else 'NOT MET'}"
     )
     print(

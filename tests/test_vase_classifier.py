@@ -233,10 +233,10 @@ def test_augmentation_moves_the_picture_as_published():
 
     transform = classifier.training_transform(size)
     torch.manual_seed(0)
-    seen = [transform(PIL.Image.fromarray(ramp)).mean(0) for _ in range(200)]
+    seen = [transform(PIL.Image.fromarray(ramp)).mean(0) for _ in range(90)]
     middle = slice(size // 4, 3 * size // 4)
     slopes = [(s[middle, size // 2 + 8] - s[middle, size // 2 - 8]).mean().item() for s in seen]
-    assert 70 < sum(s < 0 for s in slopes) < 130
+    assert 25 < sum(s < 0 for s in slopes) < 65
     tilts = [(s[size // 2 + 8, middle] - s[size // 2 - 8, middle]).mean().item() for s in seen]
     angles = np.degrees(np.arctan(np.abs(tilts) / np.abs(slopes)))
     assert 8 < angles.max() < 11.5 and angles.min() < 1
@@ -330,7 +330,7 @@ def test_the_optimiser_is_adam_with_decay_in_the_gradient(pictures):
 def test_it_learns_to_tell_pictures_apart(pictures):
     paths, labels = pictures
     train, held = (paths[:40], labels[:40]), (paths[40:], labels[40:])
-    values = settings(epochs=4, lr=1e-3)
+    values = settings(epochs=4, hidden=(64, 32))
     history = run_fit(fit := make_fit(train, held, values))
     assert max(row["val_accuracy"] for row in history) >= 0.9  # 0.5 by the majority answer
     assert history[-1]["train_loss"] < 0.75 * history[0]["train_loss"]
@@ -529,7 +529,7 @@ def test_a_loss_that_is_not_finite_stops_training(work):
 def test_an_image_that_is_gone_is_named(work):
     table = pd.read_parquet(work / "labelled.parquet")
     table.loc[3, "path"] = "0/gone.png"
-    with pytest.raises((KilnError, FileNotFoundError), match=r"gone\.png"):
+    with pytest.raises(KilnError, match=r"0/gone\.png: readable when it was listed"):
         train(work, "gone", labelled=write(work / "gone.parquet", table))
     assert not (work / "gone").exists()
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
-from vase_data import tiny_clip
+from vase_fixtures import clip_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.realdata]
 
@@ -35,7 +35,7 @@ def test_real_images_become_best_views(tmp_path, realdata):
         os.symlink(realdata / name, run / "data/vase/images" / name)
     for label, name in enumerate(("benign", "malignant")):
         os.symlink(realdata / "busi" / name, run / "data/vase/labelled" / str(label))
-    tiny_clip(run / "data/clip")
+    clip_folder(run / "data/clip")
     (run / "config").mkdir()
     (run / "config/config.yaml").write_text(yaml.safe_dump(SETTINGS))
     workflow.run(checkout, run, "vase_images")

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
-from vase_data import draw, tiny_clip
+from vase_fixtures import clip_folder, draw
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def finished_run(tmp_path_factory) -> tuple[Path, Path]:
     for name in ("images", "labelled"):
         shutil.move(drawn / name, run / "data/vase" / name)
     shutil.move(drawn / "truth.parquet", run / "data/truth.parquet")
-    tiny_clip(run / "data/clip")
+    clip_folder(run / "data/clip")
     (run / "config").mkdir()
     (run / "config/config.yaml").write_text(yaml.safe_dump(SETTINGS))
     workflow.run(checkout, run, "vase_images")

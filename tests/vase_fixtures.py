@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from scripts.common import images, shards, tables
+from scripts.demo import draw_vases
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEW = "{vase}_{view}_ac001001.jpg"
@@ -84,4 +85,15 @@ def clip_folder(folder: Path, seed: int = 0, embed_dim: int = 32, image_size: in
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def draw(folder: Path, seed: int = 3, vases: int = 16) -> Path:
+    """Raw and labelled pictures of a few vases, and what is true of them."""
+    settings = {
+        "seed": seed, "vases": vases, "labelled_vases": 12, "shared_vases": 3, "clip_vases": 1, "image_size": 40,
+    }  # fmt: skip
+    meta = folder.with_name(f"{folder.name}.meta.json")
+    arguments = ["--output-folder", str(folder), "--meta", str(meta), "--settings", json.dumps(settings)]
+    draw_vases.main([*arguments, "--threads", "1"])
     return folder

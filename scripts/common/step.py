@@ -69,7 +69,8 @@ def record(args: argparse.Namespace, module: str, values: settings.Settings | No
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run a step's `main`; a `KilnError` becomes its message and exit status 1, others keep their traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # libraries: warnings only
     try:
         main(None)
     except KilnError as error:

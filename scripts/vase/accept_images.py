@@ -96,8 +96,9 @@ def run(args: argparse.Namespace) -> None:
             "lower vase.threshold.value or vase.threshold.percentile; percentiles.csv of vase_choose_threshold helps",
         )
     folder = args.output_folder
-    link_images(folder / "accepted", frame[frame["accepted"]].assign(name=frame["path"]), args.images)
-    link_images(folder / "rejected", frame[~frame["accepted"]].assign(name=frame["path"]), args.images)
+    frame = frame.assign(name=frame["path"])  # before selecting: pandas fills an empty frame up to a column's length
+    link_images(folder / "accepted", frame[frame["accepted"]], args.images)
+    link_images(folder / "rejected", frame[~frame["accepted"]], args.images)
     names = ("accepted.parquet", "filtering_report.json", "summary.json", "funnel.png", "samples.png")
     outputs = [folder / name for name in names]
     columns = ["path", "vase", "view", *SIMILARITIES, "score", "accepted"]

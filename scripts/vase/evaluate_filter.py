@@ -58,7 +58,7 @@ def best_view_quality(test: pd.DataFrame) -> dict:
         baseline=float(own.groupby("vase")["view_quality"].mean().mean()),
         baseline_kind="random_view",
         trivial=float(trivially),
-        vases_without_accepted_view=int(test["vase"].nunique() - len(chosen)),
+        vases_without_accepted_view=int(test.loc[~test["with_view"], "vase"].nunique()),
     )
 
 
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     """Score the filter that `args` name.
 
     Raises:
-        KilnError: the truth table knows no image of the test side, or only one quality there.
+        KilnError: the truth table knows no image of the test side, or only one quality there, or fewer than
+            two vases with an accepted, or a chosen, image.
     """
     names = ("truth", "manifest", "splits", "scores", "accepted", "best_views")
     inputs = {name: getattr(args, name) for name in names}
@@ -89,14 +90,25 @@ def run(args: argparse.Namespace) -> None:
     frame = frame.merge(tables.read_table(args.splits, ["vase", "side"]), on="vase", validate="m:1")
     frame = frame.merge(tables.read_table(args.scores, ["path", "score"]), on="path", validate="1:1")
     accepted = tables.read_table(args.accepted, ["path", "accepted"]).query("accepted")["path"]
-    chosen = tables.read_table(args.best_views, ["path"])["path"]
-    frame = frame.assign(accepted=frame["path"].isin(accepted), chosen=frame["path"].isin(chosen))
+    best = tables.read_table(args.best_views, ["path", "vase"])
+    frame = frame.assign(
+        accepted=frame["path"].isin(accepted),
+        chosen=frame["path"].isin(best["path"]),
+        with_view=frame["vase"].isin(best["vase"]),  # also where the truth does not know the chosen view
+    )
     test = frame["side"] == "test"
     if frame.loc[test, "quality"].nunique() < 2 or frame.loc[frame["side"] == "train", "quality"].nunique() < 2:
         raise KilnError(
             f"{args.truth}: sides train and test need known images of both qualities; {int(test.sum())} of test known",
             "list more images in vase.truth, or unset it",
         )
+    for what in ("accepted", "chosen"):
+        vases = frame.loc[test & frame[what], "vase"].nunique()
+        if vases < 2:
+            raise KilnError(
+                f"{args.truth}: known {what} images of the test side come from {vases} vases, too few to score",
+                "lower the threshold, put more vases on the test side, list more images in vase.truth, or unset it",
+            )
     frame["trivial"] = trivial_scores(args.images, frame)
     metrics = {
         "accepted_quality": accepted_quality(frame[test]),

@@ -29,7 +29,7 @@ def rank_views(accepted: pd.DataFrame) -> pd.DataFrame:
 
 def view_number(view: str) -> int | str:
     """A view as the original writes it: a number where it is one."""
-    return int(view) if view.isdigit() else view
+    return int(view) if view.isdecimal() else view
 
 
 def best_views_report(ranked: pd.DataFrame, folders: tuple[Path, Path], seconds: float) -> dict:

@@ -51,7 +51,8 @@ def check_room(model: torch.nn.Module, values: ClassifierSettings, state_folder:
     kept = preflight.activation_bytes(model, shape)
     needed = preflight.estimate_training_memory(parameters, parameters, activation_bytes=kept)
     settings = ("vase.classifier.batch_size", "vase.classifier.image_size", "vase.classifier.arch")
-    preflight.require_vram(needed, str(accelerator.device), settings)
+    on_cpu = accelerator.device.type == "cpu"  # of several processes, cpu:0
+    preflight.require_vram(needed, "cpu" if on_cpu else str(accelerator.device), settings)
     one_state = 4 * 4 * parameters  # float32 weights, best weights and Adam's two moments
     preflight.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
 
