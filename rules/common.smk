@@ -113,7 +113,7 @@ def model_files(name, *files):
 def model_file(name):
     """The one weights file of a model: the only file of a retrieved one, or the path itself."""
     if name not in MODELS:
-        return name
+        return os.path.expanduser(name)
     files = MODELS[name].files
     if len(files) != 1:
         raise WorkflowError(f"{name} in config/models.csv has {len(files)} files, expected one\nHint: give a path")

@@ -100,7 +100,7 @@ def contact_sheet(path: Path, ranked: pd.DataFrame, manifest: pd.DataFrame, imag
         lost = manifest[(manifest["vase"] == vase) & ~manifest["path"].isin(own["path"]) & (manifest["status"] == "ok")]
         tiles += [(images / v.path, f"view {v.view}: not accepted", "bad") for v in lost.itertuples()]
         rows.append((vase, tiles[:SHEET_VIEWS]))
-    plots.contact_sheet(path, rows, "Best view of each vase (green), other views, images not accepted (red)")
+    plots.contact_sheet(path, rows, "Best view of each vase (tick), other accepted views, views not accepted (cross)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -46,7 +46,8 @@ class ClassifierSettings(Settings):
     arch: Literal["resnet50", "resnet18"] = Field("resnet50", description="torchvision backbone")
     weights: str | None = Field(
         "resnet50-imagenet1k-v1",
-        description="initial backbone: a name in config/models.csv, a .pth or .safetensors file, or null for scratch",
+        description="initial backbone: a name in config/models.csv; a .pth or .safetensors file, such as torchvision's "
+        "~/.cache/torch/hub/checkpoints/resnet50-0676ba61.pth; or null for scratch",
     )
     init_from: str | None = Field(None, description="a classifier.safetensors of an earlier run to start from")
     image_size: int = Field(224, ge=32, description="square input in pixels")
