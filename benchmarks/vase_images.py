@@ -227,8 +227,9 @@ def _peak_megabytes() -> tuple[float, float]:
     return own / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
-def serve(path: type, args: argparse.Namespace, folder: Path, connection) -> None:
+def serve(path: type, args: argparse.Namespace, folder: Path, start: str, connection) -> None:
     """A process of its own for each path: torch's global switches and the peak memory are its own."""
+    multiprocessing.set_start_method(start, force=True)  # workers start as they do under a step
     worker = path(args, folder)
     connection.send("ready")
     while (order := connection.recv()) != "end":
@@ -432,11 +433,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Interleaved runs of both paths, each in a process of its own."""
     kilobytes = draw_images(folder / "images", args.images)
     make_models(folder)
-    context = multiprocessing.get_context("spawn")
+    context, start = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
     ends = {}
     for name, path in (("original", Original), ("ours", Ours)):
         ends[name], other = context.Pipe()
-        context.Process(target=serve, args=(path, args, folder, other)).start()
+        context.Process(target=serve, args=(path, args, folder, start, other)).start()
         other.close()
         ends[name].recv()
 

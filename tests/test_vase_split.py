@@ -457,6 +457,16 @@ def test_the_audit_goes_by_the_splits_not_by_what_a_stage_says_of_itself(tmp_pat
     assert "classifier: fitted on 1 vases of the test side, such as V0" in said
 
 
+@pytest.mark.parametrize(("vase", "group"), [("twin", "V9"), ("V0", "V0")])
+def test_a_split_that_tears_identical_images_apart_fails_the_audit(tmp_path, clean, vase, group):
+    """Learned from by a name on the train side, scored by another: V9 shares an image with it."""
+    clean["splits"].loc[clean["splits"]["vase"].isin([vase, "V9"]), "group"] = group
+    clean["splits"].loc[clean["splits"]["vase"] == vase, "side"] = "train"
+    clean["sample"].loc[0, "vase"] = vase
+    with pytest.raises(KilnError, match=rf"1 vases of the test side, such as {vase}"):
+        audit(tmp_path, clean)
+
+
 def test_a_vase_that_no_split_knows_fails_the_audit(tmp_path, clean):
     clean["sample"].loc[0, "vase"] = "stranger"
     with pytest.raises(KilnError, match="threshold: sampled from.*stranger"):

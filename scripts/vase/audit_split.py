@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """Audit what `args` name.
 
     Raises:
-        KilnError: a stage learned from a test vase, recorded none at all, or one that has no side; names
-            stage and vases.
+        KilnError: a stage learned from a test vase, recorded none at all, or one that has no side, or the
+            classifier was scored on a vase of another side; names stage and vases.
     """
     inputs = {n: getattr(args, n) for n in ("splits", "classifier", "sample")}
     record = step.record(args, "scripts.vase.audit_split", None, inputs)
@@ -72,6 +72,13 @@ def run(args: argparse.Namespace) -> None:
                 "leave test out of vase.threshold.sides; scores of the test side would be flattered",
             )
         step.log.info("%s %d vases, none of them on the test side", check["stage"], check["vases"])
+    scored = set(classifier.loc[classifier["role"] == "score", "vase"])
+    strays = sorted(scored - set(splits.loc[splits["side"] == "test", "vase"]))
+    if strays:
+        raise KilnError(
+            f"the classifier was scored on {len(strays)} vases that are not of the test side, such as {strays[0]}",
+            "these tables are not of one run: delete the older and run again",
+        )
     artefacts.write_json(args.output, report)
     record.write(args.meta, [args.output])
 

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     high = tables.read_table(args.predictions, ["path", "vase", "label"]).query("label == 1")
     frame = high.merge(tables.read_table(args.scores, ["path", "score"]), on="path", validate="1:1")
     frame = frame.merge(tables.read_table(args.splits, ["vase", "side"]), on="vase", validate="m:1")
+    tables.reconcile("vase_choose_threshold, high-quality images", len(high), with_score_and_side=len(frame))
     candidates = frame[frame["side"].isin(values.sides)]
     if candidates.empty:
         raise KilnError(

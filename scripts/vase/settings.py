@@ -70,7 +70,7 @@ class ClassifierSettings(Settings):
     seed: int = Field(42, ge=0)
     workers: int = execution(4, ge=0, description="processes that decode images")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
-    budget_minutes: float | None = execution(None, description="save and exit non-zero after this time")
+    budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
 
