@@ -489,3 +489,10 @@ def test_a_stage_that_recorded_nothing_is_no_pass(tmp_path, clean):
 def test_defaults_are_the_published_shares():
     assert SplitSettings().model_dump() == {**SHARES, "seed": 42, "stratify": ()}
     assert np.isclose(sum(SHARES.values()), 1)
+
+
+def test_a_score_on_another_side_fails_the_audit(tmp_path, clean):
+    stray = {"path": "stray.jpg", "vase": "V7", "side": "validation", "role": "score"}
+    clean["classifier"] = pd.concat([clean["classifier"], pd.DataFrame([stray])], ignore_index=True)
+    with pytest.raises(KilnError, match="scored on 1 vases that are not of the test side, such as V7"):
+        audit(tmp_path, clean)
