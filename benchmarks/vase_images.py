@@ -162,9 +162,8 @@ class Ours:
                 )
             )
 
-        layout = torch.channels_last if self.accelerator.device.type == "cuda" else torch.contiguous_format
-        side = self.described.image_size
-        images = torch.randn(size, 3, side, side).to(self.accelerator.device, memory_format=layout)
+        device = self.accelerator.device
+        images, _ = next(image_batches.batches(self.paths[:size], transform, size, 0, device))  # in the steps' layout
 
         @torch.inference_mode()
         def forward(model: Callable) -> None:

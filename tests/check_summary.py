@@ -1,6 +1,6 @@
 """Check that the demo learned: each headline metric clear of its baseline, by at least a stated effect.
 
-    python tests/check_summary.py results/demo/summary.json
+python tests/check_summary.py results/demo/summary.json
 """
 
 import json

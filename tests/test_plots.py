@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from scripts.common import plots
+from scripts.common import plots, sheets
 from scripts.common.errors import KilnError
 
 CHINESE = "花瓶质量分类 quality"
@@ -36,8 +36,8 @@ def _funnel(path):
 
 
 def _sheet(path):
-    tiles = [plots.Tile(Image.new("RGB", (30, 20), "navy"), CHINESE * 9, mark) for mark in ("good", "bad", None)]
-    plots.contact_sheet(path, [("行", tiles), ("none", [plots.Tile(None, "gone")])], CHINESE)
+    tiles = [sheets.Tile(Image.new("RGB", (30, 20), "navy"), CHINESE * 9, mark) for mark in ("good", "bad", None)]
+    sheets.contact_sheet(path, [("行", tiles), ("none", [sheets.Tile(None, "gone")])], CHINESE)
 
 
 FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet]
@@ -85,14 +85,14 @@ def test_chinese_comes_from_the_packaged_font(tmp_path, monkeypatch):
 
 def test_without_the_font_there_is_a_figure_and_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    for cached in (plots.cjk_font_file, plots._families, plots._font):
+    for cached in (plots.cjk_font_file, plots._families, sheets._font):
         cached.cache_clear()
     try:
         plots.funnel(tmp_path / "a.png", [("raw", 3)], "title")
-        plots.contact_sheet(tmp_path / "b.png", [("row", [plots.Tile(None, "x")])], "title")
+        sheets.contact_sheet(tmp_path / "b.png", [("row", [sheets.Tile(None, "x")])], "title")
     finally:
         monkeypatch.undo()
-        for cached in (plots.cjk_font_file, plots._families, plots._font):
+        for cached in (plots.cjk_font_file, plots._families, sheets._font):
             cached.cache_clear()
     assert [r.message for r in caplog.records if "mplfonts" in r.message] == [caplog.records[0].message]
 
@@ -104,8 +104,8 @@ def test_settings_of_the_caller_come_back(tmp_path):
 
 
 def test_sheet_shows_marks_and_pictures(tmp_path):
-    tiles = [plots.Tile(Image.new("RGB", (100, 100), "navy"), "", mark) for mark in ("good", "bad", None)]
-    plots.contact_sheet(tmp_path / "a.png", [("", tiles)], "t", size=100)
+    tiles = [sheets.Tile(Image.new("RGB", (100, 100), "navy"), "", mark) for mark in ("good", "bad", None)]
+    sheets.contact_sheet(tmp_path / "a.png", [("", tiles)], "t", size=100)
     colours = Image.open(tmp_path / "a.png").convert("RGB").getcolors(100_000)
     colours = {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in colours}
     assert {plots.GOOD, plots.BAD, "#000080"} <= colours
@@ -115,8 +115,8 @@ def test_sheet_reads_files_and_breaks_long_rows(tmp_path):
     Image.new("RGB", (2000, 1000), "teal").save(tmp_path / "large.jpg")
     heights = []
     for n in (3, 9):
-        tiles = [plots.Tile(tmp_path / "large.jpg", f"{i}") for i in range(n)]
-        plots.contact_sheet(tmp_path / "a.png", [("row", tiles)], "t", columns=3, size=80)
+        tiles = [sheets.Tile(tmp_path / "large.jpg", f"{i}") for i in range(n)]
+        sheets.contact_sheet(tmp_path / "a.png", [("row", tiles)], "t", columns=3, size=80)
         with Image.open(tmp_path / "a.png") as image:
             heights.append(image.height)
     assert heights[1] > heights[0] + 2 * 80
@@ -128,15 +128,15 @@ def test_sheet_with_a_bad_file_says_which(content, tmp_path):
     if content is not None:
         bad.write_bytes(content)
     with pytest.raises(KilnError, match=r"bad\.png"):
-        plots.contact_sheet(tmp_path / "a.png", [("row", [plots.Tile(bad)])], "t")
+        sheets.contact_sheet(tmp_path / "a.png", [("row", [sheets.Tile(bad)])], "t")
     assert not (tmp_path / "a.png").exists()
 
 
 @given(st.text(max_size=120), st.integers(30, 200), st.integers(0, 4))
 @settings(deadline=None, max_examples=60)
 def test_captions_stay_in_their_box(text, width, lines):
-    font = plots._font(13)
-    made = plots._wrapped(text, font, width, lines)
+    font = sheets._font(13)
+    made = sheets._wrapped(text, font, width, lines)
     assert len(made) <= lines
     assert all(font.getlength(line) <= width + 2 for line in made)
     if made and not made[-1].endswith("…"):
@@ -153,7 +153,7 @@ def test_captions_stay_in_their_box(text, width, lines):
         lambda p: plots.distribution(p, [1, float("nan")], "t", "x"),
         lambda p: plots.funnel(p, [], "t"),
         lambda p: plots.funnel(p, [("a", -1)], "t"),
-        lambda p: plots.contact_sheet(p, [("a", [plots.Tile(None)] * 9000)], "t"),
+        lambda p: sheets.contact_sheet(p, [("a", [sheets.Tile(None)] * 9000)], "t"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call, tmp_path):
@@ -167,10 +167,10 @@ def test_odd_data_are_drawn(tmp_path):
     plots.confusion_matrix(tmp_path / "c.png", [[0, 0, 1], [0, 0, 0]], ["a", "b"], "t", columns=["a", "b", "none"])
     plots.distribution(tmp_path / "d.png", [0.0] * 1000 + [1e9], "t", "x")
     plots.funnel(tmp_path / "e.png", [("nothing", 0), ("nothing still", 0)], "t")
-    plots.contact_sheet(tmp_path / "f.png", [], "nothing")
+    sheets.contact_sheet(tmp_path / "f.png", [], "nothing")
     assert len(list(tmp_path.glob("*.png"))) == 6
 
 
 def test_unknown_mark_is_refused(tmp_path):
     with pytest.raises(ValueError, match="mark"):
-        plots.contact_sheet(tmp_path / "a.png", [("row", [plots.Tile(None, "", "ugly")])], "t")
+        sheets.contact_sheet(tmp_path / "a.png", [("row", [sheets.Tile(None, "", "ugly")])], "t")

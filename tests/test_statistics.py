@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from scripts.common import statistics
+from scripts.common import classification, retrieval, statistics
 from scripts.common.errors import KilnError
 
 FEW = 400  # resamples in properties that do not depend on how many
@@ -204,7 +204,7 @@ def _sample(classes, n=120, seed=0):
 def test_report_agrees_with_sklearn(classes, seed):
     labels, probabilities = _sample(classes, seed=seed)
     predicted = probabilities.argmax(1)
-    report = statistics.classification_report(labels, probabilities, n_resamples=20)
+    report = classification.classification_report(labels, probabilities, n_resamples=20)
     assert report["confusion_matrix"] == sk.confusion_matrix(labels, predicted).tolist()
     assert report["accuracy"]["value"] == pytest.approx(sk.accuracy_score(labels, predicted))
     assert report["balanced_accuracy"]["value"] == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
@@ -225,7 +225,7 @@ def test_report_agrees_with_sklearn(classes, seed):
 def test_report_intervals_agree_with_a_plain_bootstrap(classes, grouped):
     labels, probabilities = _sample(classes)
     groups = np.arange(120) // 4 if grouped else np.arange(120)
-    report = statistics.classification_report(labels, probabilities, groups if grouped else None, n_resamples=3000)
+    report = classification.classification_report(labels, probabilities, groups if grouped else None, n_resamples=3000)
     rng, predicted = np.random.default_rng(9), probabilities.argmax(1)
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
     rows = [np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]) for _ in range(600)]
@@ -243,7 +243,7 @@ def test_report_intervals_agree_with_a_plain_bootstrap(classes, grouped):
 
 
 def test_report_by_hand():
-    report = statistics.classification_report([1, 1, 1, 0], [0.9, 0.6, 0.2, 0.4], classes=["no", "yes"])
+    report = classification.classification_report([1, 1, 1, 0], [0.9, 0.6, 0.2, 0.4], classes=["no", "yes"])
     assert report["confusion_matrix"] == [[1, 0], [1, 2]]
     assert report["accuracy"]["value"] == 0.75
     assert report["balanced_accuracy"]["value"] == pytest.approx((1 + 2 / 3) / 2)
@@ -259,8 +259,8 @@ def test_report_does_not_depend_on_order():
     groups = np.arange(120) // 5
     shuffled = np.random.default_rng(1).permutation(120)
     for g in (None, groups):
-        first = statistics.classification_report(labels, probabilities, g, n_resamples=100)
-        second = statistics.classification_report(
+        first = classification.classification_report(labels, probabilities, g, n_resamples=100)
+        second = classification.classification_report(
             labels[shuffled], probabilities[shuffled], None if g is None else g[shuffled], n_resamples=100
         )
         assert first == second
@@ -269,7 +269,7 @@ def test_report_does_not_depend_on_order():
 def test_report_says_why_a_number_does_not_exist():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = statistics.classification_report([0, 0, 0], [0.1, 0.2, 0.3], classes=["good", "bad"])
+        report = classification.classification_report([0, 0, 0], [0.1, 0.2, 0.3], classes=["good", "bad"])
     assert report["roc_auc"] == {"value": None, "reason": "no item of class bad"}
     assert report["per_class"]["bad"]["recall"]["value"] is None
     assert report["per_class"]["bad"]["precision"] == {"value": None, "reason": "never predicted"}
@@ -277,7 +277,7 @@ def test_report_says_why_a_number_does_not_exist():
 
 
 def test_report_of_answers_counts_missing_ones_as_wrong():
-    report = statistics.classification_report([0, 0, 1, 1], None, predictions=[0, -1, 1, 0])
+    report = classification.classification_report([0, 0, 1, 1], None, predictions=[0, -1, 1, 0])
     assert report["unanswered"] == [1, 0]
     assert report["confusion_matrix"] == [[1, 0], [1, 1]]
     assert report["accuracy"]["value"] == 0.5
@@ -299,7 +299,7 @@ def test_report_of_answers_counts_missing_ones_as_wrong():
 )
 def test_report_refuses(arguments, says):
     with pytest.raises(KilnError, match=says):
-        statistics.classification_report(**arguments)
+        classification.classification_report(**arguments)
 
 
 # --- retrieval ---
@@ -321,7 +321,7 @@ def test_recall_agrees_with_brute_force(n_rows, n_columns, seed):
     rows = rng.permutation(np.arange(n_rows) % shared)
     columns = rng.permutation(np.arange(n_columns) % shared)
     similarity = rng.integers(0, 6, (n_rows, n_columns)).astype(float)  # few values: many ties
-    made = statistics.recall_at_k(similarity, [1, 2], relevant=(rows, columns))
+    made = retrieval.recall_at_k(similarity, [1, 2], relevant=(rows, columns))
     for direction, ranks in (
         ("row_to_column", _brute_ranks(similarity, rows, columns)),
         ("column_to_row", _brute_ranks(similarity.T, columns, rows)),
@@ -333,29 +333,27 @@ def test_recall_agrees_with_brute_force(n_rows, n_columns, seed):
 
 def test_recall_in_small_blocks_is_the_same(monkeypatch):
     similarity = np.random.default_rng(0).normal(size=(40, 40))
-    whole = statistics.recall_at_k(similarity, [1, 5])
-    monkeypatch.setattr(statistics, "_BLOCK_CELLS", 100)
-    blocks = statistics.recall_at_k(similarity, [1, 5])
+    whole = retrieval.recall_at_k(similarity, [1, 5])
+    monkeypatch.setattr(statistics, "BLOCK_CELLS", 100)
+    blocks = retrieval.recall_at_k(similarity, [1, 5])
     for direction in whole:
         assert whole[direction].pop("ranks").tolist() == blocks[direction].pop("ranks").tolist()
     assert whole == blocks
 
 
 def test_a_constant_model_gets_nothing_and_a_perfect_one_all():
-    constant = statistics.recall_at_k(np.ones((10, 10)), [1, 9, 10])["row_to_column"]
+    constant = retrieval.recall_at_k(np.ones((10, 10)), [1, 9, 10])["row_to_column"]
     assert constant["recall"] == {1: 0, 9: 0, 10: 1}
-    perfect = statistics.recall_at_k(np.eye(10), [1])["column_to_row"]
+    perfect = retrieval.recall_at_k(np.eye(10), [1])["column_to_row"]
     assert (perfect["recall"][1], perfect["median_rank"]) == (1, 1)
 
 
 def test_chance_is_what_random_similarities_reach():
     rng = np.random.default_rng(2)
     rows, columns = np.arange(30) % 10, np.arange(50) % 10
-    runs = [
-        statistics.recall_at_k(rng.normal(size=(30, 50)), [3], (rows, columns))["row_to_column"] for _ in range(200)
-    ]
+    runs = [retrieval.recall_at_k(rng.normal(size=(30, 50)), [3], (rows, columns))["row_to_column"] for _ in range(200)]
     assert np.mean([run["recall"][3] for run in runs]) == pytest.approx(runs[0]["chance"][3], abs=0.02)
-    assert statistics.recall_at_k(np.eye(50), [5])["row_to_column"]["chance"][5] == pytest.approx(0.1)
+    assert retrieval.recall_at_k(np.eye(50), [5])["row_to_column"]["chance"][5] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +369,7 @@ def test_chance_is_what_random_similarities_reach():
 )
 def test_recall_refuses(arguments, says):
     with pytest.raises(KilnError, match=says):
-        statistics.recall_at_k(*arguments)
+        retrieval.recall_at_k(*arguments)
 
 
 # --- baseline ---
@@ -381,14 +379,14 @@ def test_trivial_baseline():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 2)) * [1, 1000]  # without standardising, the large feature drowns the small one
     y = np.where(x[:, 0] > 0, "yes", "no")
-    assert statistics.trivial_baseline(x[:100], y[:100], x[100:], y[100:]) > 0.95
+    assert classification.trivial_baseline(x[:100], y[:100], x[100:], y[100:]) > 0.95
     noise = rng.normal(size=(200, 2))
-    assert statistics.trivial_baseline(noise[:100], y[:100], noise[100:], y[100:]) < 0.7
-    assert statistics.trivial_baseline([[1], [2]], ["a", "a"], [[1], [2]], ["a", "b"]) == 0.5
+    assert classification.trivial_baseline(noise[:100], y[:100], noise[100:], y[100:]) < 0.7
+    assert classification.trivial_baseline([[1], [2]], ["a", "a"], [[1], [2]], ["a", "b"]) == 0.5
 
 
 def test_trivial_baseline_refuses():
     with pytest.raises(KilnError, match="do not fit"):
-        statistics.trivial_baseline([[1], [2]], [0, 1], [[1, 2]], [0])
+        classification.trivial_baseline([[1], [2]], [0, 1], [[1, 2]], [0])
     with pytest.raises(KilnError, match="nan"):
-        statistics.trivial_baseline([[1], [math.nan]], [0, 1], [[1]], [0])
+        classification.trivial_baseline([[1], [math.nan]], [0, 1], [[1]], [0])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scripts.common import artefacts, plots, step, tables
+from scripts.common import artefacts, plots, sheets, step, tables
 from scripts.common.errors import KilnError
 from scripts.vase.links import link_images
 
@@ -54,7 +54,7 @@ def sample_sheet(path: Path, frame: pd.DataFrame, images: Path) -> None:
         mark = "good" if name == "accepted" else "bad"
         tiles = [(images / row.path, f"{row.score:+.3f}", mark) for row in picks.itertuples()]
         rows.append((f"{name} ({len(part)})", tiles))
-    plots.contact_sheet(path, rows, "Accepted and rejected images, by falling CLIP score")
+    sheets.contact_sheet(path, rows, "Accepted and rejected images, by falling CLIP score")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

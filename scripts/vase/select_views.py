@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from scripts.common import artefacts, plots, step, tables
+from scripts.common import artefacts, sheets, step, tables
 from scripts.vase.links import link_images
 
 SHEET_VASES = 10
@@ -100,7 +100,7 @@ def contact_sheet(path: Path, ranked: pd.DataFrame, manifest: pd.DataFrame, imag
         lost = manifest[(manifest["vase"] == vase) & ~manifest["path"].isin(own["path"]) & (manifest["status"] == "ok")]
         tiles += [(images / v.path, f"view {v.view}: not accepted", "bad") for v in lost.itertuples()]
         rows.append((vase, tiles[:SHEET_VIEWS]))
-    plots.contact_sheet(path, rows, "Best view of each vase (tick), other accepted views, views not accepted (cross)")
+    sheets.contact_sheet(path, rows, "Best view of each vase (tick), other accepted views, views not accepted (cross)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

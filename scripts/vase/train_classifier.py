@@ -13,7 +13,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scripts.common import artefacts, devices, plots, preflight, statistics, step, tables, trackers, trivial
+from scripts.common import (
+    artefacts,
+    classification,
+    devices,
+    plots,
+    preflight,
+    statistics,
+    step,
+    tables,
+    trackers,
+    trivial,
+)
 from scripts.common.errors import KilnError
 from scripts.common.settings import of_kind
 from scripts.common.training_state import KEEP, TrainingState, fingerprint
@@ -97,7 +108,7 @@ def score(fit: Fit, values: ClassifierSettings, table: pd.DataFrame, folder: Pat
     paths = {side: [folder / p for p in part["path"]] for side, part in parts.items()}
     data = LabelledImages(paths["test"], test["label"].to_numpy(), values, augment=False)
     logits, labels = predict(fit.model, data, values, accelerator, values.workers)
-    report = statistics.classification_report(
+    report = classification.classification_report(
         labels.numpy(), logits.double().softmax(1).numpy(), groups=test["vase"].to_numpy(), seed=values.seed,
         classes=classifier.CLASSES,
     )  # fmt: skip
@@ -106,7 +117,7 @@ def score(fit: Fit, values: ClassifierSettings, table: pd.DataFrame, folder: Pat
     report["accuracy"] = statistics.metric(
         accuracy["value"], accuracy["n"], accuracy["ci95"],
         baseline=float((test["label"] == majority).mean()), baseline_kind="majority",
-        trivial=statistics.trivial_baseline(
+        trivial=classification.trivial_baseline(
             trivial.image_features(paths["train"]), parts["train"]["label"].to_numpy(),
             trivial.image_features(paths["test"]), test["label"].to_numpy(),
         ),

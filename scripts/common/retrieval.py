@@ -1,0 +1,78 @@
+"""Scores of retrieval between two sides, such as images and captions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from scripts.common import statistics
+from scripts.common.errors import KilnError
+
+
+def recall_at_k(
+    similarity: np.ndarray, ks: Sequence[int], relevant: tuple[ArrayLike, ArrayLike] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Retrieval scores in both directions of a similarity matrix, which may be a memory map.
+
+    The rank of a query is 1 + the number of wrong candidates at least as similar as its best right
+    one: in a tie the right one comes last, so that a constant model gets nothing for nothing.
+
+    Args:
+        similarity: (n, m), larger is more alike; read in blocks of rows, then of columns.
+        ks: cut-offs, from 1 to the number of candidates.
+        relevant: (ids of the n rows, ids of the m columns); a row and a column belong together when
+            their ids are equal (several captions of one image, equal captions of two). Default: row i belongs
+            to column i.
+
+    Returns: {"row_to_column": scores, "column_to_row": scores}, where scores are `n` (queries), `recall`
+    {k: share of queries with rank <= k}, `chance` {k: expectation of that share for a random order},
+    `median_rank`, and `ranks`, an (n,) array for `bootstrap_interval(ranks <= k, groups=...)`.
+
+    Raises:
+        KilnError: a similarity that is not finite, a row or column with nothing relevant, a matrix that is not
+            square without `relevant`, a k out of range.
+    """
+    if similarity.ndim != 2 or 0 in similarity.shape:
+        raise KilnError(f"similarity has shape {similarity.shape}", "expected one row and one column per item")
+    if relevant is None:
+        if similarity.shape[0] != similarity.shape[1]:
+            raise KilnError(f"similarity has shape {similarity.shape}", "say by `relevant` what belongs together")
+        relevant = (np.arange(len(similarity)), np.arange(len(similarity)))
+    rows, columns = (np.asarray(ids) for ids in relevant)
+    if (len(rows), len(columns)) != similarity.shape:
+        raise KilnError(f"{len(rows)} and {len(columns)} ids for a {similarity.shape} matrix", "give one id per item")
+    _, codes = np.unique(np.concatenate([rows, columns]), return_inverse=True)
+    rows, columns = codes[: len(rows)], codes[len(rows) :]
+    return {
+        "row_to_column": _retrieval(lambda block: similarity[block], rows, columns, ks, "row"),
+        "column_to_row": _retrieval(lambda block: similarity[:, block].T, columns, rows, ks, "column"),
+    }
+
+
+def _retrieval(block_of, ids: np.ndarray, candidates: np.ndarray, ks: Sequence[int], name: str) -> dict[str, Any]:
+    from scipy.stats import hypergeom
+
+    n, m = len(ids), len(candidates)
+    if min(ks) < 1 or max(ks) > m:
+        raise KilnError(f"recall at {list(ks)} among {m} candidates of a {name}", f"choose each k from 1 to {m}")
+    n_right = np.bincount(candidates, minlength=int(ids.max()) + 1)[ids]
+    if (n_right == 0).any():
+        raise KilnError(f"{name} {int(np.argmin(n_right))} has nothing relevant", "leave it out, and say that you did")
+    step = max(1, statistics.BLOCK_CELLS // m)
+    ranks = np.empty(n, np.int64)
+    for start in range(0, n, step):
+        block = slice(start, min(start + step, n))
+        scores = np.asarray(block_of(block))
+        if not np.isfinite(scores).all():
+            raise KilnError(f"similarities of {name}s {start} to {block.stop - 1} are not finite", "look at the model")
+        right = ids[block, None] == candidates[None, :]
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        ranks[block] = 1 + (~right & (scores >= best)).sum(axis=1)
+    return {
+        "n": n,
+        "recall": {int(k): float(np.mean(ranks <= k)) for k in ks},
+        "chance": {int(k): float(hypergeom.sf(0, m, n_right, k).mean()) for k in ks},
+        "median_rank": float(np.median(ranks)),
+        "ranks": ranks,
+    }
