@@ -1,5 +1,6 @@
 """Image files as batches of one fixed size, so that a result does not depend on its neighbours' number."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def batches(
     at_least: int | None = None,
     name: str = "images",
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """([batch_size,3,H,W] float32 on `device`, how many of its rows count), in the order of `paths`.
+    """([batch_size,3,H,W] float32 on `device`, channels_last, how many of its rows count), in the order of `paths`.
 
     The last batch is filled up with copies of its last image: matrix kernels pick their order of
     summation by batch size, so a row's last digits would otherwise depend on the file count.
@@ -46,11 +47,11 @@ def batches(
         KilnError: a file is gone or no longer readable.
     """
     data = ImageFiles(paths, transform, at_least)
+    workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns
     pin = device.type == "cuda"
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, pin_memory=pin, collate_fn=collate)
-    layout = torch.channels_last if pin else torch.contiguous_format
     for images in progress.bar(loader, f"{name} (batches of {batch_size})"):
         real = len(unwrapped(images))
         if real < batch_size:
             images = torch.cat([images, images[-1:].expand(batch_size - real, -1, -1, -1)])
-        yield images.to(device, non_blocking=True, memory_format=layout), real
+        yield images.to(device, non_blocking=True, memory_format=torch.channels_last), real

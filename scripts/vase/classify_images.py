@@ -18,8 +18,7 @@ from scripts.vase.settings import ClassifySettings
 @torch.inference_mode()
 def classify(model, values, paths: Sequence[Path], batch_size: int, workers: int, accelerator) -> np.ndarray:
     """Probability of class 1 (high quality) per path: [N] float32 in [0, 1]."""
-    layout = torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
-    model = model.to(accelerator.device, memory_format=layout)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
     transform, at_least = classifier.evaluation_transform(values.image_size), classifier.decode_size(values)
     found = [np.zeros(0, dtype=np.float32)]
     for images, real in image_batches.batches(
