@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 CORES ?= all
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test lint format config dag doctor lock clean-env clean-demo
+.PHONY: help install demo test lint format config dag doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,10 @@ doctor: install ## versions, driver, GPUs, disk, hub: a line each
 
 lock: install ## resolve requirements.in anew into the lock
 	$(BIN)/uv pip compile requirements.in --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file $(LOCK)
+
+dvc: install ## DVC, which benchmarks compare with, in .venv-dvc: it needs older packages than Kiln
+	$(PYTHON) -m venv .venv-dvc
+	$(BIN)/uv pip install --quiet --python .venv-dvc/bin/python --requirement benchmarks/dvc.lock
 
 clean-demo: ## remove results/demo
 	rm -rf results/demo

@@ -261,3 +261,29 @@ def test_a_read_only_results_folder_is_named(finished_run, tmp_path):
         pytest.skip("this machine lets nobody mount a read-only folder")
     assert done.returncode and "Hint:" in text and "results" in text, text[-2000:]
     assert not workflow.finished(text)
+
+
+def test_a_full_disk_is_named_and_the_next_run_completes(finished_run, tmp_path):
+    """On a real small disk: full while images are inspected, then with room again."""
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    shutil.rmtree(run / "results")
+    (run / "results").mkdir()
+    target = "results/vase/list_images/manifest.parquet"
+    inner = " ".join(f"'{part}'" for part in workflow.command(checkout, run, target))
+    script = f"""
+        mount -t tmpfs -o size=2m none '{run}/results' || exit 99
+        head -c 2040000 /dev/zero > '{run}/results/filler'
+        {inner} && exit 98
+        find '{run}/results' -name '*.parquet' -size 0 -o -name '*.tmp' | grep . && exit 97
+        rm '{run}/results/filler'
+        echo ROOM AGAIN
+        {inner} --rerun-incomplete
+    """
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    text = done.stdout + done.stderr
+    if "unshare" in text and "permitted" in text:
+        pytest.skip("this machine lets nobody mount a small disk")
+    first, _, second = text.partition("ROOM AGAIN")
+    assert done.returncode == 0, text[-3000:]
+    assert "the disk is full" in first and "Hint:" in first, first[-3000:]
+    assert "vase_list_images" in workflow.finished(second + done.stderr)
