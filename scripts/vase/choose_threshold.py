@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     )
     artefacts.write_text(outputs[1], percentile_table(scores).to_csv(index=False))
     tables.write_table(outputs[2], sample[["path", "vase", "side", "score"]], ["path"])
-    title = f"CLIP acceptance score of {len(sample)} sampled high-quality images"
-    plots.distribution(outputs[3], scores, title, "score", {f"threshold {threshold:.4f}, keeps {kept:.0%}": threshold})
+    title = "CLIP acceptance score of sampled high-quality images"
+    plots.distribution(outputs[3], scores, title, "score", {f"threshold, keeps {kept:.0%}": threshold})
     step.log.info("threshold %.5f (%s), keeps %.1f %% of %d", threshold, values.rule, 100 * kept, len(sample))
     record.write(args.meta, outputs, items=len(sample))
 
