@@ -50,7 +50,7 @@ config: install ## make config/default.yaml, config/schema.json and envs/*.yaml 
 	$(BIN)/python -m scripts.config --write
 	$(BIN)/python -m scripts.envs --write
 
-dag: install ## docs/dag.svg, the picture of all rules (needs graphviz)
+dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
