@@ -55,6 +55,8 @@ def start(tmp_path):
     (tmp_path / "toy_step.py").write_text(TOY)
     (tmp_path / "toy_group.py").write_text(GROUP)
     started: list[subprocess.Popen] = []
+    # a shell's background jobs start with it ignored, and a launcher keeps what is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(*arguments: str, step: tuple[str, ...], **variables: str) -> subprocess.Popen:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "CUDA_", "KILN_"))}
@@ -69,6 +71,7 @@ def start(tmp_path):
     for process in started:
         process.kill()
         process.wait()
+    signal.signal(signal.SIGINT, before)
 
 
 def until(condition, seconds: float = 30):
