@@ -26,7 +26,7 @@ threshold, accept, select, audit, evaluate.
 
 VASE = f"{RESULTS}/vase"
 VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard)
-VASE_CLASSIFIER_CODE = ("scripts.vase.classifier", "scripts.vase.classifier_training")
+VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")
 
 
 rule vase_inspect_images:
@@ -346,7 +346,7 @@ rule vase_link_classes:
         **class_resources("light"),
     params:
         step=outside(STEP),
-        images=outside(CONFIG.vase.images),
+        images=CONFIG.vase.images,
         code=code_key("scripts.vase.link_classes"),
         folder=subpath(output.meta, parent=True),
     message:
@@ -525,7 +525,7 @@ rule vase_accept_images:
         **class_resources("light"),
     params:
         step=outside(STEP),
-        images=outside(CONFIG.vase.images),
+        images=CONFIG.vase.images,
         code=code_key("scripts.vase.accept_images"),
         folder=subpath(output.meta, parent=True),
     message:
@@ -574,7 +574,7 @@ rule vase_select_views:
         **class_resources("light"),
     params:
         step=outside(STEP),
-        images=outside(CONFIG.vase.images),
+        images=CONFIG.vase.images,
         code=code_key("scripts.vase.select_views"),
         folder=subpath(output.meta, parent=True),
     message:

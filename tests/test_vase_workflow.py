@@ -133,6 +133,27 @@ def test_numerics_of_training_retrain(finished_run, edit):
 
 
 @pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("scripts/vase/classifier_training.py", "torch.manual_seed(values.seed)", "torch.manual_seed(values.seed + 1)"),
+        ("scripts/common/devices.py", "cudnn.benchmark = True", "cudnn.benchmark = False"),
+    ],
+)
+def test_initialisation_and_kernels_retrain(finished_run, edit, name, old, new):
+    edit(name, old, new)
+    assert "vase_train_classifier" in workflow.planned(*finished_run, "vase_images")
+
+
+def test_moved_images_are_linked_anew_and_not_read_again(finished_run, tmp_path):
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    (run / "data/vase/images").rename(run / "data/moved")
+    plan = workflow.planned(checkout, run, "vase_images", "--config", "set=vase.images=data/moved")
+    assert {"vase_link_classes", "vase_accept_images", "vase_select_views"} <= set(plan)
+    assert not {"vase_inspect_images", "vase_embed_images", "vase_classify_images"} & set(plan)
+    assert "vase_train_classifier" not in plan
+
+
+@pytest.mark.parametrize(
     "override, rerun",
     [
         ("vase.classifier.workers=1 vase.classifier.save_minutes=3", set()),

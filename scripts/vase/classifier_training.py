@@ -74,6 +74,24 @@ def make_schedule(optimiser: torch.optim.Optimizer, settings: ClassifierSettings
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.epochs)
 
 
+def build_model(values: ClassifierSettings, weights: Path | None) -> nn.Module:
+    """A seeded model, from ImageNet weights or an earlier classifier where settings say so."""
+    torch.manual_seed(values.seed)
+    np.random.seed(values.seed)
+    model = classifier.build(values)
+    if values.init_from:
+        loaded, _ = classifier.load(Path(values.init_from))
+        try:
+            model.load_state_dict(loaded.state_dict())
+        except RuntimeError as error:
+            raise KilnError(
+                f"{values.init_from}: another architecture: {error}", "check vase.classifier.arch"
+            ) from None
+    elif weights is not None:
+        classifier.load_backbone(model, weights)
+    return model
+
+
 class Fit:
     """One training run over images of the train side, its weights chosen on the validation side.
 

@@ -29,30 +29,10 @@ from scripts.common.errors import KilnError
 from scripts.common.settings import of_kind
 from scripts.common.training_state import KEEP, TrainingState, fingerprint
 from scripts.vase import classifier
-from scripts.vase.classifier_training import Fit, LabelledImages, predict
+from scripts.vase.classifier_training import Fit, LabelledImages, build_model, predict
 from scripts.vase.settings import ClassifierSettings
 
 ROLES = {"train": "fit", "validation": "choose", "test": "score"}
-
-
-def build_model(values: ClassifierSettings, weights: Path | None) -> torch.nn.Module:
-    """A seeded model, from ImageNet weights or an earlier classifier where settings say so."""
-    torch.manual_seed(values.seed)
-    np.random.seed(values.seed)
-    model = classifier.build(values)
-    if values.init_from:
-        loaded, _ = classifier.load(Path(values.init_from))
-        try:
-            model.load_state_dict(loaded.state_dict())
-        except RuntimeError as error:
-            raise KilnError(
-                f"{values.init_from}: another architecture: {error}", "check vase.classifier.arch"
-            ) from None
-    elif weights is not None:
-        classifier.load_backbone(model, weights)
-    else:
-        step.log.warning("no initial weights: training from scratch")
-    return model
 
 
 def check_room(model: torch.nn.Module, values: ClassifierSettings, state_folder: Path, accelerator) -> None:
@@ -72,6 +52,8 @@ def train(
     values: ClassifierSettings, sides: dict, weights: Path | None, accelerator, state: TrainingState, track: Path
 ):
     """Train to the end and return the `Fit`; resumes from `state`, logs to a tracker in `track`."""
+    if weights is None and not values.init_from:
+        step.log.warning("no initial weights: training from scratch")
     model = build_model(values, weights)
     check_room(model, values, state.folder, accelerator)
     fit = Fit(model, sides["train"], sides["validation"], values, accelerator, values.workers)
