@@ -11,7 +11,7 @@ import pandas as pd
 
 from scripts.common import artefacts, images, shards, step, tables
 from scripts.common.errors import KilnError
-from scripts.vase.inspect_images import inspect_files
+from scripts.common.inspection import inspect_files
 from scripts.vase.list_images import add_views
 from scripts.vase.settings import InspectSettings, ListSettings, Settings
 
