@@ -15,12 +15,14 @@ include: "rules/common.smk"
 include: "rules/retrieve.smk"
 include: "rules/demo.smk"
 include: "rules/vase.smk"
+include: "rules/busi.smk"
 include: "rules/report.smk"
 
 
 localrules:
     all,
     report,
+    busi,
     vase_images,
     vase_quality,
 

@@ -55,17 +55,21 @@ STEP_ONLINE = f"env HF_HUB_OFFLINE=0 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 STEP = f"env HF_HUB_OFFLINE=1 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 
 
+def _of_kind(kind, place, places):
+    if place:
+        return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), kind))
+    values = {name: kiln_config.section(CONFIG, dotted) for name, dotted in places.items()}
+    return kiln_settings.to_json({n: kiln_settings.of_kind(v, kind) for n, v in values.items()})
+
+
 def numerics(place=None, /, **places):
     """The numerics of one section (`numerics("vase.split")`) or of several under new names, as JSON."""
-    if place:
-        return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), "numerics"))
-    values = {name: kiln_config.section(CONFIG, dotted) for name, dotted in places.items()}
-    return kiln_settings.to_json({n: kiln_settings.of_kind(v, "numerics") for n, v in values.items()})
+    return _of_kind("numerics", place, places)
 
 
-def execution(place):
-    """The execution settings of a section as JSON; give them to `outside`."""
-    return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), "execution"))
+def execution(place=None, /, **places):
+    """The execution settings, likewise; give them to `outside`."""
+    return _of_kind("execution", place, places)
 
 
 def outside(value):
@@ -120,11 +124,26 @@ def model_file(name):
     return f"{CONFIG.models}/{name}/{files[0]}"
 
 
+def model_folder(name):
+    """The folder of a model that consists of several files."""
+    return f"{CONFIG.models}/{name}" if name in MODELS else os.path.expanduser(name)
+
+
+def model_folder_files(name):
+    """What a rule that uses such a model waits for, and is rerun by."""
+    folder = model_folder(name)
+    if name in MODELS or folder.startswith(f"{RESULTS}/demo/"):
+        return [f"{folder}/files.json"]
+    return [f"{folder}/config.json", *sorted(map(str, Path(folder).glob("*.safetensors")))]
+
+
 def drawn(path):
     """An input function: what must be made before a folder or table of the demo can be read; else nothing."""
 
     def wait(wildcards):
-        ours = path and path.startswith(f"{RESULTS}/demo/draw_")
+        if path and path.startswith(f"{RESULTS}/demo/draw_ultrasound/"):
+            return [checkpoints.demo_draw_ultrasound.get().output.listing]
+        ours = path and path.startswith(f"{RESULTS}/demo/draw_vases/")
         return [checkpoints.demo_draw_vases.get().output.listing] if ours else []
 
     return wait

@@ -6,6 +6,8 @@ REQUIRED INPUTS: none.
 OUTPUTS:
     {results}/demo/draw_vases/   images/, labelled/, clip/, truth.parquet, vases.parquet
     {results}/demo/train_clip/   a small CLIP that open_clip loads as local-dir:
+    {results}/demo/draw_ultrasound/   images/ in class folders with masks, published/, planted.parquet
+    {results}/demo/train_vlm/         a small Qwen2.5-VL, trained on coloured shapes
 
 Drawing is a checkpoint: which files there are is known, and sharded, only when it is done.
 """
@@ -71,6 +73,67 @@ rule demo_train_clip:
     shell:
         "{params.step} scripts.demo.train_clip"
         " --data {params.data:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+checkpoint demo_draw_ultrasound:
+    output:
+        listing=f"{DEMO}/draw_ultrasound/files.json",
+        meta=f"{DEMO}/draw_ultrasound.meta.json",
+    log:
+        f"{LOGS}/demo/draw_ultrasound.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/draw_ultrasound.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.ultrasound"),
+        code=code_key("scripts.demo.draw_ultrasound"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Draw the demo's breast ultrasound pictures"
+    shell:
+        "{params.step} scripts.demo.draw_ultrasound"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_train_vlm:
+    output:
+        listing=f"{DEMO}/train_vlm/files.json",
+        metrics=f"{DEMO}/train_vlm/metrics.json",
+        meta=f"{DEMO}/train_vlm/meta.json",
+    log:
+        f"{LOGS}/demo/train_vlm.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/train_vlm.tsv"
+    conda:
+        "../envs/vlm.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.vlm"),
+        code=code_key("scripts.demo.train_vlm"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Train the demo's small vision-language model on coloured shapes"
+    shell:
+        "{params.step} scripts.demo.train_vlm"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"

@@ -14,7 +14,8 @@ STEPS: summarise, render.
 rule report_summarise:
     input:
         vase=VASE_METRICS,
-        targets=rules.vase_images.input,
+        busi=rules.busi_evaluate.output.metrics,
+        targets=[rules.vase_images.input, rules.busi.input],
     output:
         summary=f"{RESULTS}/summary.json",
         meta=f"{RESULTS}/summary.meta.json",
@@ -35,6 +36,7 @@ rule report_summarise:
     shell:
         "{params.step} scripts.report.summarise"
         " --vase {input.vase:q}"
+        " --busi {input.busi:q}"
         " --output {output.summary:q}"
         " --code-key {params.code}"
         " --threads {threads}"

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from scripts.busi.settings import BusiSettings
 from scripts.common import settings
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
@@ -59,6 +60,7 @@ class Config(Settings):
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()
+    busi: BusiSettings = BusiSettings()
 
 
 def load(given: Mapping[str, Any], user_file: Path) -> Config:

@@ -12,6 +12,7 @@ WANTED = {
     ("vase", "classifier_accuracy"): ("majority", 0.90, 0.0),
     ("vase", "accepted_quality"): ("before_filtering", 0.0, 0.10),
     ("vase", "best_view_quality"): ("random_view", 0.0, 0.10),
+    ("busi", "balanced_accuracy"): ("chance", 0.60, 0.0),
 }
 
 

@@ -40,7 +40,17 @@ def _sheet(path):
     sheets.contact_sheet(path, [("行", tiles), ("none", [sheets.Tile(None, "gone")])], CHINESE)
 
 
-FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet]
+def _reliability(path):
+    held = {"from": 0.5, "to": 1.0, "n": 7, "confidence": 0.8, "accuracy": 0.6}
+    empty = {"from": 0.0, "to": 0.5, "n": 0, "confidence": None, "accuracy": None}
+    plots.reliability(path, {CHINESE: ([empty, held], 0.2), "base": ([empty, held], 0.2)}, CHINESE)
+
+
+def _intervals(path):
+    plots.intervals(path, {CHINESE: (0.7, (0.6, 0.8)), "one group": (1.0, None)}, "accuracy", CHINESE, {"chance": 0.5})
+
+
+FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet, _reliability, _intervals]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -152,6 +162,9 @@ def test_captions_stay_in_their_box(text, width, lines):
         lambda p: plots.distribution(p, [], "t", "x"),
         lambda p: plots.distribution(p, [1, float("nan")], "t", "x"),
         lambda p: plots.funnel(p, [], "t"),
+        lambda p: plots.reliability(p, {}, "t"),
+        lambda p: plots.reliability(p, {"a": ([{"n": 0}], 0.0)}, "t"),
+        lambda p: plots.intervals(p, {}, "x", "t"),
         lambda p: plots.funnel(p, [("a", -1)], "t"),
         lambda p: sheets.contact_sheet(p, [("a", [sheets.Tile(None)] * 9000)], "t"),
     ],

@@ -89,7 +89,9 @@ class ConversationSettings(Settings):
 class BaseSettings(Settings):
     """The vision-language model to start from."""
 
-    model: str = Field("hulu-med-4b", description="a name in config/models.csv, or a folder with a model")
+    model: str = execution(  # its files' hashes are what counts, not where they lie
+        "hulu-med-4b", description="a name in config/models.csv, or a folder with a model"
+    )
     family: Literal["hulumed", "qwen"] = Field(
         "hulumed", description="hulumed: by its own remote code; qwen: Qwen2.5-VL and Qwen3-VL"
     )
@@ -151,6 +153,14 @@ class TrainSettings(Settings):
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
 
+class TrainLoraSettings(Settings):
+    """Settings of step train_lora."""
+
+    base: BaseSettings = BaseSettings()
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings()
+
+
 class MergeSettings(Settings):
     """Merging, and the gate that the merged model must pass."""
 
@@ -193,6 +203,7 @@ class BusiSettings(Settings):
     methods: tuple[Literal["lora", "qlora"], ...] = Field(
         ("lora",), min_length=1, description="what to train; headline numbers are the first one's"
     )
+    resources: Literal["gpu_single", "gpu_node"] = execution("gpu_single", description="resource class of training")
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     merge: MergeSettings = MergeSettings()

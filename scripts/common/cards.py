@@ -26,8 +26,8 @@ _TEMPLATE = """\
 
 {{ summary }}
 
-{% if base -%}
-Starting point: {{ base | join(", ") }}.
+{% if start -%}
+Starting point: {{ start }}.
 {% else -%}
 Trained from scratch.
 {% endif %}
@@ -82,6 +82,7 @@ def write_card(
     code_key: str,
     git_commit: str | None,
     base_model: str | Sequence[str] | None = None,
+    starting_point: str | None = None,
     hub_datasets: Sequence[str] = (),
     library: str | None = None,
     languages: Sequence[str] = (),
@@ -99,7 +100,8 @@ def write_card(
         metrics: {name: entry made by `statistics.metric`}; entries without a value are shown, with their reason, in
             the table alone.
         settings, code_key, git_commit: of the step that made the weights, as in its `meta.json`.
-        base_model: "owner/name" on the Hub, one or several; None when trained from scratch.
+        base_model: "owner/name" on the Hub, one or several; None when it is not there, or trained from scratch.
+        starting_point: the base in words, where it has no name on the Hub.
         hub_datasets: "owner/name" of datasets on the Hub.
         library: the Hub's name of the library that loads the weights ("transformers", "open_clip", "timm").
 
@@ -130,7 +132,7 @@ def write_card(
         card_data,
         template_str=_TEMPLATE,
         **texts,
-        base=base,
+        start=", ".join(base) or starting_point,
         evaluated_on=evaluated_on,
         scores=[_row(key, entry) for key, entry in metrics.items()],
         code_key=code_key,

@@ -11,12 +11,12 @@ from scripts.common.errors import KilnError
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(device: str, precision: str, threads: int, deterministic: bool = False) -> Accelerator:
-    """The accelerator of this process.
+def prepare(device: str, precision: str, threads: int, deterministic: bool = False) -> bool:
+    """Set threads, device and determinism of this process; whether it computes on the CPU.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu" or "cuda:N".
-        precision: "fp32", "bf16" or "fp16"; half precisions are autocast, weights stay fp32.
+        precision: "fp32", "bf16", "fp16" or "auto".
         threads: CPU threads of torch.
         deterministic: only kernels whose result does not vary from run to run.
 
@@ -39,4 +39,22 @@ def make_accelerator(device: str, precision: str, threads: int, deterministic: b
         torch.backends.cudnn.benchmark = False
     elif torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
+    return on_cpu
+
+
+def make_accelerator(device: str, precision: str, threads: int, deterministic: bool = False) -> Accelerator:
+    """The accelerator of this process; arguments and errors are those of `prepare`, `auto` precision excepted.
+
+    Half precisions are autocast, weights stay fp32.
+    """
+    on_cpu = prepare(device, precision, threads, deterministic)
     return Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision])
+
+
+def choose_precision(precision: str, on_cpu: bool) -> str:
+    """`auto` by the hardware: bf16 where the GPU has it, else fp16; fp32 on a CPU. Others as they are."""
+    if precision != "auto":
+        return precision
+    if on_cpu:
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

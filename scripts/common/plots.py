@@ -228,6 +228,78 @@ def funnel(path: Path, stages: Sequence[tuple[str, int]], title: str) -> None:
         save(figure, path)
 
 
+def reliability(path: Path, models: Mapping[str, tuple[Sequence[Mapping], float]], title: str) -> None:
+    """Reliability diagrams side by side, {name: (bins, expected calibration error)}.
+
+    A bar is the share of right decisions of a bin of the largest probability, a dash the bin's mean largest
+    probability; the dash stands on the diagonal. Below, how many items each bin holds.
+
+    Args:
+        models: bins as of `classification.calibration`.
+
+    Raises:
+        KilnError: no model, or one without an item.
+    """
+    if not models or not all(sum(one["n"] for one in bins) for bins, _ in models.values()):
+        raise KilnError(f"{path.name}: no model, or one without an item", "evaluate on at least two images")
+    label = "share of right decisions (below the dash: over-confident)"
+    most = max(one["n"] for bins, _ in models.values() for one in bins)
+    with style():
+        figure = Figure(figsize=(1.2 + 4.2 * len(models), 5.8))
+        figure.suptitle(title, fontsize=13, wrap=True)
+        grid = figure.subplots(2, len(models), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+        for (upper, lower), (name, (bins, error)) in zip(grid.T, models.items(), strict=True):
+            left, right = (np.array([one[end] for one in bins]) for end in ("from", "to"))
+            upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.4, label="perfectly calibrated")
+            held = [one for one in bins if one["n"]]
+            place, width = [(one["from"] + one["to"]) / 2 for one in held], [one["to"] - one["from"] for one in held]
+            heights = [one["accuracy"] for one in held]
+            upper.bar(place, heights, width, color=PALETTE[4], edgecolor="white", label=label)
+            starts, ends = [one["from"] for one in held], [one["to"] for one in held]
+            confidences = [one["confidence"] for one in held]
+            upper.hlines(confidences, starts, ends, color=PALETTE[1], linewidth=3, label="mean largest probability")
+            upper.set(xlim=(0, 1), ylim=(0, 1.05), title=f"{name}: expected calibration error {error:.3f}")
+            lower.bar((left + right) / 2, [one["n"] for one in bins], right - left, color=GREY, edgecolor="white")
+            for one, x in zip(held, place, strict=True):
+                lower.text(x, one["n"] + 0.04 * most, f"{one['n']:,}", ha="center", fontsize=9)
+            lower.set(ylim=(0, 1.3 * most), xlabel="largest probability")
+            lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
+        grid[0, 0].set_ylabel("share of right decisions")
+        grid[1, 0].set_ylabel("items")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        save(figure, path)
+
+
+def intervals(
+    path: Path,
+    rows: Mapping[str, tuple[float, Sequence[float] | None]],
+    xlabel: str,
+    title: str,
+    floors: Mapping[str, float] | None = None,
+) -> None:
+    """Scores {label: (value, (lo, hi) or None)} in [0, 1] as points with whiskers, and vertical `floors`.
+
+    Raises:
+        KilnError: no rows.
+    """
+    if not rows:
+        raise KilnError(f"{path.name}: nothing to draw", "look at what was scored")
+    with style():
+        figure, axes = _axes(7.8, 1.9 + 0.42 * len(rows), title)
+        for i, (value, interval) in enumerate(rows.values()):
+            if interval is not None:
+                axes.hlines(i, *interval, color=PALETTE[0], linewidth=2.2)
+            axes.plot(value, i, "o", color=PALETTE[0], markersize=7)
+            axes.text(1.02, i, f"{value:.3f}", va="center", transform=axes.get_yaxis_transform(), fontsize=10)
+        for (label, x), dash in zip((floors or {}).items(), itertools.cycle([(5, 3), (2, 2), (8, 2, 2, 2)])):
+            axes.axvline(x, color=GREY, linewidth=1.4, dashes=dash, label=f"{label}: {x:.3f}", zorder=1)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set(xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
+        axes.grid(False, axis="y")
+        _legend(figure, len(floors or {}))
+        save(figure, path)
+
+
 def _axes(width: float, height: float, title: str):
     figure = Figure(figsize=(width, height))
     axes = figure.add_subplot()

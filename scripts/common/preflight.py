@@ -102,6 +102,23 @@ def activation_bytes(model, input_shape: Sequence[int]) -> int:
     return sum(storage.nbytes() for storage in saved.values())
 
 
+def transformer_activation_bytes(
+    tokens: int, hidden: int, layers: int, vocabulary: int, checkpointing: bool, dtype_bytes: int = 2
+) -> int:
+    """About how many bytes a decoder-only transformer keeps for its backward pass.
+
+    Per layer 17 * dtype_bytes * tokens * hidden (Korthikanti et al., "Reducing Activation Recomputation in Large
+    Transformer Models" (2022), equation 1, without the attention matrix, which fused kernels never store); with
+    checkpointing one layer's, and the input of each. On top come the logits and their gradient in float32.
+
+    Args:
+        tokens: batch size times sequence length.
+    """
+    layer = 17 * dtype_bytes * tokens * hidden
+    kept = layer + layers * dtype_bytes * tokens * hidden if checkpointing else layers * layer
+    return kept + 2 * 4 * tokens * vocabulary
+
+
 def require_vram(
     needed: int, device: str, reduced_by: Sequence[str] = ("batch_size", "gradient_checkpointing")
 ) -> None:

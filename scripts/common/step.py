@@ -14,11 +14,14 @@ from scripts.common.errors import KilnError
 log = logging.getLogger("kiln")
 
 
-def parser(description: str | None, model: type[settings.Settings] | None = None) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, model: type[settings.Settings] | None = None, by_hand: bool = False
+) -> argparse.ArgumentParser:
     """A parser with what all steps share; a step adds its own `--input`s and `--output`s.
 
     With a settings `model` there is `--settings`, to be given any number of times (later ones win): a
-    YAML file, JSON text, or `key=value`. Without it the model's defaults hold.
+    YAML file, JSON text, or `key=value`. Without it the model's defaults hold. A step that users also call
+    `by_hand` does without `--meta`: see `meta_beside`.
     """
     made = argparse.ArgumentParser(
         description=inspect.cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,7 +36,7 @@ def parser(description: str | None, model: type[settings.Settings] | None = None
             metavar="YAML|JSON|KEY=VALUE",
             help=f"settings, later ones on top of earlier ones; keys: {fields}",
         )
-    made.add_argument("--meta", type=Path, required=True, help="where the record of this run goes (meta.json)")
+    made.add_argument("--meta", type=Path, required=not by_hand, help="where the record of this run goes (meta.json)")
     made.add_argument("--threads", type=int, default=None, help="CPU threads (default: those this process may use)")
     made.add_argument("--code-key", default=None, help="code key to record (default: that of this step)")
     return made
@@ -42,6 +45,11 @@ def parser(description: str | None, model: type[settings.Settings] | None = None
 def add_device(made: argparse.ArgumentParser) -> None:
     """Add `--device` to a parser."""
     made.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, or cuda:N")
+
+
+def meta_beside(args: argparse.Namespace, output: Path) -> Path:
+    """Where the record goes: what `--meta` says, else beside the output."""
+    return args.meta or output.with_name(f"{output.stem}.meta.json")
 
 
 def read_settings(args: argparse.Namespace):

@@ -2,8 +2,19 @@
 
 from pydantic import Field
 
+from scripts.busi.settings import PROMPT, ListSettings
 from scripts.common.settings import Settings
 from scripts.demo.vase_shapes import SHAPES
+
+# every word that is true of a drawn vase
+VASE_ANSWERS = (
+    *("black-figure", "red-figure", "amphora", "krater", "kylix", "hydria", "oinochoe", "lekythos"),
+    *("Athenian", "Corinthian", "Apulian", "warriors", "dancers", "riders", "athletes"),
+    *("meander", "dots", "tongues", "waves", "chevrons", "checkers"),
+    *("Key Painter", "Pearl Painter", "Tongue Painter", "Harbour Painter", "Zigzag Painter", "Chessboard Painter"),
+    *("unattributed", "-575 to -550", "-525 to -500", "-500 to -475"),
+)
+BUSI_ANSWERS = ListSettings().classes
 
 
 class DrawSettings(Settings):
@@ -38,8 +49,53 @@ class DemoClipSettings(Settings):
     held_out: float = Field(0.1, gt=0, lt=1, description="share of vases kept for the retrieval metrics")
 
 
+class DemoVlmSettings(Settings):
+    """The demo's own vision-language model: a tiny Qwen2.5-VL, pre-trained on pictures of shapes."""
+
+    seed: int = Field(0, ge=0)
+    hidden: int = Field(64, ge=64, multiple_of=64, description="width of the language model")
+    layers: int = Field(2, gt=0)
+    vision_hidden: int = Field(64, ge=64, multiple_of=64, description="width of the vision encoder")
+    vision_depth: int = Field(2, gt=0)
+    image_side: int = Field(84, ge=56, multiple_of=28, description="pictures have about its square in pixels")
+    pictures: int = Field(4000, gt=0, description="pictures to learn from")
+    coloured: float = Field(0.4, gt=0, lt=1, description="share of coloured forms; the others are grey blobs")
+    held_out: int = Field(400, gt=0, description="further pictures, for the metrics only")
+    steps: int = Field(600, gt=0)
+    batch_size: int = Field(32, gt=0)
+    lr: float = Field(2e-3, gt=0, description="AdamW's highest learning rate")
+    warmup: float = Field(0.1, gt=0, lt=1, description="share of steps with a growing learning rate")
+    say: float = Field(0.15, ge=0, lt=1, description="share of questions that only ask to repeat a word")
+    words: tuple[str, ...] = Field(
+        VASE_ANSWERS + BUSI_ANSWERS,
+        min_length=1,
+        description="what the pipelines' answers are made of; to be repeated, since a LoRA cannot learn new embeddings",
+    )
+    texts: tuple[str, ...] = Field(
+        (PROMPT,), description="prompts of the pipelines; with words and questions, what tokens are made of"
+    )
+
+
+class UltrasoundSettings(Settings):
+    """The breast ultrasound pictures that are drawn, their planted twins among them."""
+
+    seed: int = Field(0, ge=0)
+    normal: int = Field(130, gt=0, description="pictures, twins included")
+    benign: int = Field(180, gt=0, description="pictures, twins included")
+    malignant: int = Field(140, gt=0, description="pictures, twins included")
+    image_size: int = Field(144, ge=48, description="mean side in pixels; widths and heights vary by 18 %")
+    ambiguous: float = Field(0.2, ge=0, le=1, description="share of lesions with few signs of their class")
+    second_lesion: float = Field(0.1, ge=0, le=1, description="share of lesion pictures with two lesions")
+    identical: int = Field(12, ge=0, description="twins with the same pixels, every third with other bytes")
+    near: int = Field(36, ge=0, description="twins of the same class with almost the same pixels")
+    conflicts: int = Field(2, ge=0, description="almost the same pixels, once benign and once malignant")
+    published_test: float = Field(0.2, gt=0, lt=1, description="test share of the leaky split that goes with them")
+
+
 class DemoSettings(Settings):
     """The embedded demo."""
 
     draw: DrawSettings = DrawSettings()
     clip: DemoClipSettings = DemoClipSettings()
+    vlm: DemoVlmSettings = DemoVlmSettings()
+    ultrasound: UltrasoundSettings = UltrasoundSettings()

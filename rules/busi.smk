@@ -1,0 +1,538 @@
+"""
+Pipeline busi: breast-ultrasound folders to a leak-free split, a fine-tuned medical VLM and its classification report.
+
+REQUIRED INPUTS (config section `busi`):
+    images      folder with one folder of images per class; masks beside them
+    audits      optional published splits to audit beside ours
+    base.model  the vision-language model to start from
+
+OUTPUTS (below {results}/busi/):
+    list_images/           manifest.parquet, masks.parquet, quarantine.tsv, summary.json
+    find_duplicates/       groups.parquet, pairs.parquet, conflicts.png
+    split/                 splits.csv: a side for each image, whole duplicate groups; left_out.tsv
+    audit_split/{split}/   leakage_report.json of our split and of published ones
+    build_conversations/   chat rows (.jsonl) and published rows (.json) of each side
+    train_lora/{method}/   final_model/ (adapter, tokenizer, processor), metrics.json, loss.png
+    merge/{method}/        model/ (merged weights), parity.json
+    predict/{model}/       predictions.csv of the test side, by base and merged models
+    evaluate/              metrics.json, confusion.png, calibration.png
+    describe_model/{method}/  README.md, the model card
+
+STEPS: list, find duplicates, split, audit, build conversations, train (LoRA, QLoRA), merge, predict, evaluate,
+describe.
+"""
+
+BUSI = f"{RESULTS}/busi"
+BUSI_SPLIT = CONFIG.busi.conversations.split
+BUSI_AUDITED = {
+    **{name: {"train": s.train, "test": s.test} for name, s in CONFIG.busi.audits.items()},
+    **({} if BUSI_SPLIT == "ours" else {"published": {"train": BUSI_SPLIT.train, "test": BUSI_SPLIT.test}}),
+}
+BUSI_AUDITS = ["ours", *BUSI_AUDITED]
+BUSI_USED = "ours" if BUSI_SPLIT == "ours" else "published"
+BUSI_MODELS = ["base", *CONFIG.busi.methods]
+BUSI_BASE = model_folder(CONFIG.busi.base.model)
+BUSI_ENV = {"qwen": "vlm", "hulumed": "hulumed"}[CONFIG.busi.base.family]
+BUSI_TRAIN_ENV = "deepspeed" if CONFIG.busi.train.deepspeed != "none" else BUSI_ENV
+BUSI_TRAIN_CODE = (
+    "scripts.common.devices",
+    "scripts.common.vlm",
+    "scripts.busi.chat_examples",
+    "scripts.busi.fine_tuning",
+    "scripts.busi.lora",
+)
+BUSI_CLASSES = " ".join(map(shlex.quote, CONFIG.busi.list.classes))
+
+
+def busi_split_files(name):
+    """Files of a split that is audited or used: ours, or a published one's."""
+    return [f"{BUSI}/split/splits.csv"] if name == "ours" else list(BUSI_AUDITED[name].values())
+
+
+def busi_card_options(name):
+    """What the model card says of the base."""
+    row = MODELS.get(name)
+    hub = f" --hub-name {row.source}" if row and row.kind == "hub" else ""
+    base = name if row else "a model given as a folder"
+    demo = " --demo" if CONFIG.busi.images.startswith(f"{RESULTS}/demo/") else ""
+    return f"--base-name {shlex.quote(base)}{hub} --licence {shlex.quote(row.licence if row else 'unknown')}{demo}"
+
+
+def busi_split_options(name):
+    """The options that hand those files to a step."""
+    options = ["--splits"] if name == "ours" else ["--train", "--test"]
+    return " ".join(f"{o} {shlex.quote(f)}" for o, f in zip(options, busi_split_files(name)))
+
+
+rule busi_list_images:
+    input:
+        drawn(CONFIG.busi.images),
+    output:
+        manifest=f"{BUSI}/list_images/manifest.parquet",
+        masks=f"{BUSI}/list_images/masks.parquet",
+        quarantine=f"{BUSI}/list_images/quarantine.tsv",
+        summary=f"{BUSI}/list_images/summary.json",
+        meta=f"{BUSI}/list_images/meta.json",
+    log:
+        f"{LOGS}/busi/list_images.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/list_images.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        settings=numerics("busi.list"),
+        code=code_key("scripts.busi.list_images"),
+        files=folder_digest(CONFIG.busi.images),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "List the ultrasound images and their masks"
+    shell:
+        "{params.step} scripts.busi.list_images"
+        " --images {params.images:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_find_duplicates:
+    input:
+        manifest=rules.busi_list_images.output.manifest,
+    output:
+        groups=f"{BUSI}/find_duplicates/groups.parquet",
+        pairs=f"{BUSI}/find_duplicates/pairs.parquet",
+        summary=f"{BUSI}/find_duplicates/summary.json",
+        sheet=report(
+            f"{BUSI}/find_duplicates/conflicts.png",
+            caption="captions/busi_conflicts.rst",
+            category="busi",
+            labels={"step": "find_duplicates", "picture": "conflicts and closest pairs"},
+        ),
+        meta=f"{BUSI}/find_duplicates/meta.json",
+    log:
+        f"{LOGS}/busi/find_duplicates.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/find_duplicates.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        classes=BUSI_CLASSES,
+        execution=outside(execution("busi.duplicates")),
+        settings=numerics("busi.duplicates"),
+        code=code_key("scripts.busi.find_duplicates"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Find near-duplicate images and label conflicts"
+    shell:
+        "{params.step} scripts.busi.find_duplicates"
+        " --images {params.images:q}"
+        " --manifest {input.manifest:q}"
+        " --classes {params.classes}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_split:
+    input:
+        groups=rules.busi_find_duplicates.output.groups,
+    output:
+        splits=f"{BUSI}/split/splits.csv",
+        left_out=f"{BUSI}/split/left_out.tsv",
+        summary=f"{BUSI}/split/summary.json",
+        meta=f"{BUSI}/split/meta.json",
+    log:
+        f"{LOGS}/busi/split.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/split.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads(light)
+    resources:
+        **class_resources(light),
+    params:
+        step=outside(STEP),
+        classes=BUSI_CLASSES,
+        settings=numerics("busi.split"),
+        code=code_key("scripts.busi.split"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Split whole duplicate groups into train, validation and test"
+    shell:
+        "{params.step} scripts.busi.split"
+        " --groups {input.groups:q}"
+        " --classes {params.classes}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_audit_split:
+    input:
+        manifest=rules.busi_list_images.output.manifest,
+        files=lambda w: drawn(CONFIG.busi.images)(w) + busi_split_files(w.split),
+    output:
+        report=f"{BUSI}/audit_split/{{split}}/leakage_report.json",
+        meta=f"{BUSI}/audit_split/{{split}}/meta.json",
+    log:
+        f"{LOGS}/busi/audit_split/{{split}}.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/audit_split/{{split}}.tsv"
+    wildcard_constraints:
+        split="|".join(BUSI_AUDITS),
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        classes=BUSI_CLASSES,
+        tables=lambda w: busi_split_options(w.split),
+        settings=numerics("busi.audit"),
+        code=code_key("scripts.busi.audit_split"),
+    message:
+        "Audit split {wildcards.split} for near-twins across sides"
+    shell:
+        "{params.step} scripts.busi.audit_split"
+        " --images {params.images:q}"
+        " --manifest {input.manifest:q}"
+        " {params.tables}"
+        " --classes {params.classes}"
+        " --output {output.report:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_build_conversations:
+    input:
+        manifest=rules.busi_list_images.output.manifest,
+        groups=rules.busi_find_duplicates.output.groups,
+        files=lambda w: drawn(CONFIG.busi.images)(w) + busi_split_files(BUSI_USED),
+    output:
+        train=f"{BUSI}/build_conversations/train.jsonl",
+        validation=f"{BUSI}/build_conversations/validation.jsonl",
+        test=f"{BUSI}/build_conversations/test.jsonl",
+        published=[f"{BUSI}/build_conversations/{side}.json" for side in ("train", "validation", "test")],
+        summary=f"{BUSI}/build_conversations/summary.json",
+        meta=f"{BUSI}/build_conversations/meta.json",
+    log:
+        f"{LOGS}/busi/build_conversations.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/build_conversations.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads(light)
+    resources:
+        **class_resources(light),
+    params:
+        step=outside(STEP),
+        classes=BUSI_CLASSES,
+        tables=outside(busi_split_options(BUSI_USED)),
+        settings=numerics("busi.conversations"),
+        code=code_key("scripts.busi.build_conversations"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Build chat rows from the split"
+    shell:
+        "{params.step} scripts.busi.build_conversations"
+        " --manifest {input.manifest:q}"
+        " --groups {input.groups:q}"
+        " {params.tables}"
+        " --classes {params.classes}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_train_lora:
+    input:
+        train=rules.busi_build_conversations.output.train,
+        validation=rules.busi_build_conversations.output.validation,
+        base=model_folder_files(CONFIG.busi.base.model),
+        init=[f"{CONFIG.busi.train.init_from}/adapter_model.safetensors"] if CONFIG.busi.train.init_from else [],
+    output:
+        listing=f"{BUSI}/train_lora/{{method}}/final_model/files.json",
+        metrics=f"{BUSI}/train_lora/{{method}}/metrics.json",
+        loss=report(
+            f"{BUSI}/train_lora/{{method}}/loss.png",
+            caption="captions/busi_loss.rst",
+            category="busi",
+            labels={"step": "train_lora", "picture": "loss", "method": "{method}"},
+        ),
+        meta=f"{BUSI}/train_lora/{{method}}/meta.json",
+    log:
+        f"{LOGS}/busi/train_lora/{{method}}.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/train_lora/{{method}}.tsv"
+    wildcard_constraints:
+        method="lora|qlora",
+    conda:
+        f"../envs/{BUSI_TRAIN_ENV}.yaml"
+    threads: class_threads(CONFIG.busi.resources)
+    resources:
+        **class_resources(CONFIG.busi.resources),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        base=outside(BUSI_BASE),
+        execution=outside(execution(train="busi.train")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.busi.resources)),
+        state=outside(f"{STATE}/busi/train_lora"),
+        tracker=outside(f"{LOGS}/busi/train_lora"),
+        settings=numerics(base="busi.base", lora="busi.lora", train="busi.train"),
+        code=code_key(*BUSI_TRAIN_CODE),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Fine-tune by {wildcards.method}"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.busi.train_lora"
+        " --method {wildcards.method}"
+        " --base {params.base:q}"
+        " --images {params.images:q}"
+        " --train {input.train:q}"
+        " --validation {input.validation:q}"
+        " --state-folder {params.state:q}/{wildcards.method}"
+        " --tracker-folder {params.tracker:q}/{wildcards.method}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_merge:
+    input:
+        adapter=rules.busi_train_lora.output.listing,
+        prompts=rules.busi_build_conversations.output.validation,
+        base=model_folder_files(CONFIG.busi.base.model),
+    output:
+        listing=f"{BUSI}/merge/{{method}}/model/files.json",
+        parity=f"{BUSI}/merge/{{method}}/parity.json",
+        meta=f"{BUSI}/merge/{{method}}/meta.json",
+    log:
+        f"{LOGS}/busi/merge/{{method}}.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/merge/{{method}}.tsv"
+    wildcard_constraints:
+        method="lora|qlora",
+    conda:
+        f"../envs/{BUSI_ENV}.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        base=outside(BUSI_BASE),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        settings=numerics(base="busi.base", merge="busi.merge"),
+        code=code_key("scripts.busi.merge"),
+        adapter=subpath(input.adapter, parent=True),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Merge the adapter of {wildcards.method} and check that nothing changed"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.busi.merge"
+        " --base {params.base:q}"
+        " --adapter {params.adapter:q}"
+        " --images {params.images:q}"
+        " --prompts {input.prompts:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_predict:
+    input:
+        rows=rules.busi_build_conversations.output.test,
+        model=lambda w: (
+            model_folder_files(CONFIG.busi.base.model)
+            if w.model == "base"
+            else [f"{BUSI}/merge/{w.model}/model/files.json"]
+        ),
+    output:
+        predictions=f"{BUSI}/predict/{{model}}/predictions.csv",
+        meta=f"{BUSI}/predict/{{model}}/meta.json",
+    log:
+        f"{LOGS}/busi/predict/{{model}}.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/predict/{{model}}.tsv"
+    wildcard_constraints:
+        model="base|lora|qlora",
+    conda:
+        f"../envs/{BUSI_ENV}.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        model=(lambda w, output: BUSI_BASE if w.model == "base" else f"{BUSI}/merge/{w.model}/model"),
+        execution=outside(execution(predict="busi.predict")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        settings=numerics(base="busi.base", predict="busi.predict", list="busi.list"),
+        code=code_key("scripts.busi.predict"),
+    message:
+        "Classify the test side with model {wildcards.model}"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.busi.predict"
+        " --model {params.model:q}"
+        " --images {params.images:q}"
+        " --rows {input.rows:q}"
+        " --output {output.predictions:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_evaluate:
+    input:
+        predictions=expand(f"{BUSI}/predict/{{model}}/predictions.csv", model=BUSI_MODELS),
+        train=rules.busi_build_conversations.output.train,
+        test=rules.busi_build_conversations.output.test,
+        leakage=f"{BUSI}/audit_split/{BUSI_USED}/leakage_report.json",
+    output:
+        metrics=f"{BUSI}/evaluate/metrics.json",
+        confusion=report(
+            f"{BUSI}/evaluate/confusion.png",
+            caption="captions/busi_confusion.rst",
+            category="busi",
+            labels={"step": "evaluate", "picture": "confusion matrix"},
+        ),
+        calibration=report(
+            f"{BUSI}/evaluate/calibration.png",
+            caption="captions/busi_calibration.rst",
+            category="busi",
+            labels={"step": "evaluate", "picture": "calibration"},
+        ),
+        scores=report(
+            f"{BUSI}/evaluate/scores.png",
+            caption="captions/busi_scores.rst",
+            category="busi",
+            labels={"step": "evaluate", "picture": "scores"},
+        ),
+        meta=f"{BUSI}/evaluate/meta.json",
+    log:
+        f"{LOGS}/busi/evaluate.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/evaluate.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads(light)
+    resources:
+        **class_resources(light),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.busi.images),
+        classes=BUSI_CLASSES,
+        predictions=lambda w, input: " ".join(
+            f"--predictions {m}={shlex.quote(str(p))}" for m, p in zip(BUSI_MODELS, input.predictions)
+        ),
+        settings=numerics("busi.evaluate"),
+        code=code_key("scripts.busi.evaluate"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Evaluate base and fine-tuned models on the test side"
+    shell:
+        "{params.step} scripts.busi.evaluate"
+        " {params.predictions}"
+        " --train {input.train:q}"
+        " --test {input.test:q}"
+        " --images {params.images:q}"
+        " --leakage {input.leakage:q}"
+        " --classes {params.classes}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_describe_model:
+    input:
+        adapter=rules.busi_train_lora.output.meta,
+        metrics=rules.busi_evaluate.output.metrics,
+        leakage=rules.busi_evaluate.input.leakage,
+        parity=rules.busi_merge.output.parity,
+    output:
+        card=f"{BUSI}/describe_model/{{method}}/README.md",
+        meta=f"{BUSI}/describe_model/{{method}}/meta.json",
+    log:
+        f"{LOGS}/busi/describe_model/{{method}}.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/describe_model/{{method}}.tsv"
+    wildcard_constraints:
+        method="lora|qlora",
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads(light)
+    resources:
+        **class_resources(light),
+    params:
+        step=outside(STEP),
+        base=busi_card_options(CONFIG.busi.base.model),
+        code=code_key("scripts.busi.describe_model"),
+    message:
+        "Describe the model of {wildcards.method}"
+    shell:
+        "{params.step} scripts.busi.describe_model"
+        " --adapter-meta {input.adapter:q}"
+        " --metrics {input.metrics:q}"
+        " --method {wildcards.method}"
+        " --leakage {input.leakage:q}"
+        " --parity {input.parity:q}"
+        " {params.base}"
+        " --output {output.card:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi:
+    input:
+        rules.busi_evaluate.output,
+        expand(f"{BUSI}/describe_model/{{method}}/README.md", method=CONFIG.busi.methods),
+        expand(f"{BUSI}/audit_split/{{split}}/leakage_report.json", split=BUSI_AUDITS),

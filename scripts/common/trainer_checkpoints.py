@@ -1,0 +1,118 @@
+"""Whole checkpoints of transformers' Trainer (and of trainers built on it): found, kept, rotated, in time.
+
+The Trainer writes a checkpoint in place: one that a kill cut short looks like a whole one. Here each gets an
+empty file COMPLETE, written and flushed after everything else; only checkpoints with it are ever resumed from,
+and older ones go only when a newer one has it (the Trainer's own rotation would delete first).
+"""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from scripts.common.step import log
+
+MARK = "COMPLETE"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done at a checkpoint folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint folders, whole or not, by step."""
+    found = folder.glob("checkpoint-*") if folder.is_dir() else ()
+    return sorted((p for p in found if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest whole checkpoint; those that a kill cut short are moved aside, so that nothing finds them."""
+    whole = []
+    for checkpoint in checkpoints(folder):
+        if (checkpoint / MARK).is_file():
+            whole.append(checkpoint)
+            continue
+        aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        log.info("%s was not finished: moved to %s", checkpoint.name, aside.name)
+    return whole[-1] if whole else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder to disk, and its listing."""
+    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def complete(checkpoint: Path, keep: int) -> None:
+    """Mark a finished checkpoint, then remove all but the newest `keep` whole ones, and what kills left."""
+    sync_folder(checkpoint)
+    (checkpoint / MARK).touch()
+    sync_folder(checkpoint)
+    whole = [p for p in checkpoints(checkpoint.parent) if (p / MARK).is_file()]
+    for old in [*whole[:-keep], *checkpoint.parent.glob("incomplete-checkpoint-*")]:
+        shutil.rmtree(old)
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Saves by the clock, marks what is whole, and stops when the time budget is used up.
+
+    Give the Trainer `save_strategy="no"` or its own strategy, and no `save_total_limit`: rotation is done here.
+
+    Args:
+        keep: whole checkpoints that stay.
+        save_minutes: time between saves.
+        budget_minutes: after this time training saves and stops, with `out_of_time` set.
+    """
+
+    def __init__(self, keep: int, save_minutes: float, budget_minutes: float | None):
+        self.keep, self.save_seconds = keep, save_minutes * 60
+        self.deadline = None if budget_minutes is None else time.monotonic() + budget_minutes * 60
+        self.last_save = time.monotonic()
+        self.out_of_time = False
+
+    def on_step_end(self, args, state, control, **_):
+        # an epoch's last step waits for the validation after it, which a resumed run would leave out
+        return control if float(state.epoch).is_integer() else self._save_if_due(state, control)
+
+    def on_epoch_end(self, args, state, control, **_):
+        return self._save_if_due(state, control)
+
+    def _save_if_due(self, state, control):
+        if self.out_of_time:
+            return control  # saved; what the Trainer still does before it ends is not to be resumed from
+        now = time.monotonic()
+        late = self.deadline is not None and now > self.deadline
+        late, due = _agree([late, late or now - self.last_save >= self.save_seconds])
+        if due and state.global_step < state.max_steps:
+            control.should_save = True
+            self.out_of_time = late
+        return control
+
+    def on_save(self, args, state, control, **_):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank has written its generators
+        if state.is_world_process_zero:
+            complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), self.keep)
+        self.last_save = time.monotonic()
+        if self.out_of_time:
+            # not before the save: the Trainer would store it, and a resumed run would stop at once
+            control.should_training_stop = True
+        return control
+
+
+def _agree(mine: list[bool]) -> list[bool]:
+    """Rank 0's clock decides for all, so that no process saves or stops alone."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(mine, src=0)
+    return mine

@@ -1,0 +1,108 @@
+"""Whole checkpoints of the Trainer: which are resumed from, and which are kept."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from transformers import TrainerControl
+
+from scripts.common import trainer_checkpoints
+from scripts.common.trainer_checkpoints import MARK, WholeCheckpoints, complete, newest_complete
+
+
+def checkpoint(folder: Path, step: int, whole: bool) -> Path:
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "adapter_model.safetensors").write_bytes(b"weights")
+    if whole:
+        (made / MARK).touch()
+    return made
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_no_folder_means_a_fresh_start(tmp_path):
+    assert newest_complete(tmp_path / "none") is None
+
+
+def test_the_newest_whole_checkpoint_counts_steps_and_not_letters(tmp_path):
+    for step in (9, 10, 100):
+        checkpoint(tmp_path, step, True)
+    assert newest_complete(tmp_path).name == "checkpoint-100"
+
+
+def test_one_that_a_kill_cut_short_is_moved_aside(tmp_path):
+    checkpoint(tmp_path, 5, True)
+    checkpoint(tmp_path, 7, False)
+    assert newest_complete(tmp_path).name == "checkpoint-5"
+    assert names(tmp_path) == ["checkpoint-5", "incomplete-checkpoint-7"]
+    checkpoint(tmp_path, 7, False)  # cut short again at the same step
+    assert newest_complete(tmp_path).name == "checkpoint-5"
+
+
+def test_older_ones_go_only_when_a_newer_one_is_whole(tmp_path, monkeypatch):
+    checkpoint(tmp_path, 5, True)
+    newer = checkpoint(tmp_path, 7, False)
+
+    def die(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_checkpoints, "sync_folder", die)
+        with pytest.raises(KeyboardInterrupt):
+            complete(newer, keep=1)
+    assert newest_complete(tmp_path).name == "checkpoint-5"
+    again = checkpoint(tmp_path, 7, False)
+    complete(again, keep=1)
+    assert names(tmp_path) == ["checkpoint-7"]
+    assert (again / MARK).is_file()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_are_kept_as_asked(tmp_path, keep):
+    for step in (1, 2, 3, 10):
+        complete(checkpoint(tmp_path, step, False), keep)
+    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in (1, 2, 3, 10)[-keep:])
+
+
+@dataclasses.dataclass
+class State:
+    global_step: int = 1
+    max_steps: int = 10
+    epoch: float = 0.5
+    is_world_process_zero: bool = True
+
+
+@dataclasses.dataclass
+class Arguments:
+    output_dir: str
+
+
+def test_a_save_is_due_by_the_clock_and_waits_for_the_validation_at_an_epochs_end():
+    keeper = WholeCheckpoints(keep=1, save_minutes=0, budget_minutes=None)
+    control = keeper.on_step_end(None, State(), TrainerControl())
+    assert control.should_save and not control.should_training_stop
+    assert not keeper.on_step_end(None, State(epoch=1.0), TrainerControl()).should_save
+    assert keeper.on_epoch_end(None, State(epoch=1.0), TrainerControl()).should_save
+
+
+def test_the_last_step_is_not_saved_for_the_output_follows():
+    keeper = WholeCheckpoints(keep=1, save_minutes=0, budget_minutes=None)
+    assert not keeper.on_step_end(None, State(global_step=10), TrainerControl()).should_save
+
+
+def test_nothing_is_saved_before_its_time():
+    keeper = WholeCheckpoints(keep=1, save_minutes=60, budget_minutes=60)
+    assert not keeper.on_step_end(None, State(), TrainerControl()).should_save
+
+
+def test_out_of_time_saves_first_and_stops_after(tmp_path):
+    keeper = WholeCheckpoints(keep=1, save_minutes=60, budget_minutes=0)
+    control = keeper.on_step_end(None, State(), TrainerControl())
+    assert control.should_save and not control.should_training_stop  # else the stored state would stop a resumed run
+    checkpoint(tmp_path, 1, False)
+    control = keeper.on_save(Arguments(str(tmp_path)), State(), control)
+    assert control.should_training_stop and keeper.out_of_time
+    assert newest_complete(tmp_path).name == "checkpoint-1"
