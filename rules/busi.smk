@@ -163,9 +163,9 @@ rule busi_split:
         f"{BENCHMARKS}/busi/split.tsv"
     conda:
         "../envs/tables.yaml"
-    threads: class_threads(light)
+    threads: class_threads("light")
     resources:
-        **class_resources(light),
+        **class_resources("light"),
     params:
         step=outside(STEP),
         classes=BUSI_CLASSES,
@@ -209,6 +209,7 @@ rule busi_audit_split:
         images=outside(CONFIG.busi.images),
         classes=BUSI_CLASSES,
         tables=lambda w: busi_split_options(w.split),
+        clean=lambda w: f"--require-clean {CONFIG.busi.duplicates.threshold}" if w.split == "ours" else "",
         settings=numerics("busi.audit"),
         code=code_key("scripts.busi.audit_split"),
     message:
@@ -218,6 +219,7 @@ rule busi_audit_split:
         " --images {params.images:q}"
         " --manifest {input.manifest:q}"
         " {params.tables}"
+        " {params.clean}"
         " --classes {params.classes}"
         " --output {output.report:q}"
         " --settings {params.settings:q}"
@@ -245,9 +247,9 @@ rule busi_build_conversations:
         f"{BENCHMARKS}/busi/build_conversations.tsv"
     conda:
         "../envs/tables.yaml"
-    threads: class_threads(light)
+    threads: class_threads("light")
     resources:
-        **class_resources(light),
+        **class_resources("light"),
     params:
         step=outside(STEP),
         classes=BUSI_CLASSES,
@@ -459,9 +461,9 @@ rule busi_evaluate:
         f"{BENCHMARKS}/busi/evaluate.tsv"
     conda:
         "../envs/vision.yaml"
-    threads: class_threads(light)
+    threads: class_threads("light")
     resources:
-        **class_resources(light),
+        **class_resources("light"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.busi.images),
@@ -507,9 +509,9 @@ rule busi_describe_model:
         method="lora|qlora",
     conda:
         "../envs/vision.yaml"
-    threads: class_threads(light)
+    threads: class_threads("light")
     resources:
-        **class_resources(light),
+        **class_resources("light"),
     params:
         step=outside(STEP),
         base=busi_card_options(CONFIG.busi.base.model),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from vase_fixtures import picture, run
 
-from scripts.busi import evaluate
+from scripts.busi import evaluate, find_duplicates, list_images, split
 
 CLASSES = ("Normal", "Benign", "Malignant")
 
@@ -96,3 +97,75 @@ class Evaluation:
             "--meta", self.out / "meta.json", settings=settings,
         )  # fmt: skip
         return json.loads((self.out / "metrics.json").read_text())
+
+
+def scan(path: Path, seed: int, like: Path | None = None, correlation: float = 1.0) -> Path:
+    """A grey picture of 64x64 pixels, so that it is its own thumbnail; or one that correlates with `like` just so."""
+    rng = np.random.default_rng(seed)
+    made = np.kron(rng.normal(size=(8, 8)), np.ones((8, 8)))
+    if like is not None:
+        old = np.asarray(Image.open(like).convert("L"), float)
+        old, noise = old - old.mean(), rng.normal(size=(64, 64))
+        noise -= noise.mean() + old * (noise * old).sum() / (old**2).sum()
+        made = correlation * old / old.std() + np.sqrt(1 - correlation**2) * noise / noise.std()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.clip(np.rint(128 + 28 * (made - made.mean()) / made.std()), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def published(path: Path, rows: list[tuple[str, int]], classes=CLASSES, text: str = "Which?") -> Path:
+    """A split as others publish it, from (image, label), in the form that the file's ending says."""
+    made = [{"image": image, "text": text, "answer": classes[label], "label": label} for image, label in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        pd.DataFrame(made).to_csv(path, index=False)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in made)
+        path.write_text(json.dumps(made) if path.suffix == ".json" else lines, encoding="utf-8")
+    return path
+
+
+class Scans:
+    """A folder of drawn scans in class folders of odd letter case, listed, searched for duplicates and split.
+
+    In each class 15 images are unlike; `normal (20)` and `(21)`, `benign (20)` to `(22)` are near-twins, `benign (30)`
+    has the pixels of `benign (1)` in other bytes, `malignant (40)` those of `normal (5)`. There are masks beside some.
+    """
+
+    folders = ("Normal", "benign", "MALIGNANT")
+
+    def __init__(self, folder: Path):
+        self.folder, self.images = folder, folder / "images"
+        for label, name in enumerate(self.folders):
+            for i in range(1, 16):
+                scan(self.path(label, i), seed=100 * label + i)
+            picture(self.images / name / f"{name.lower()} (1)_mask.png", seed=label)
+        for label, i, like, correlation in ((0, 21, 20, 0.985), (1, 21, 20, 0.99), (1, 22, 21, 0.99)):
+            if like == 20:
+                scan(self.path(label, 20), seed=100 * label + 20)
+            scan(self.path(label, i), 1000 + i, self.path(label, like), correlation)
+        for copy, source in ((self.path(1, 30), self.path(1, 1)), (self.path(2, 40), self.path(0, 5))):
+            Image.open(source).convert("RGB").save(copy)
+        self.manifest, self.groups = folder / "list/manifest.parquet", folder / "find/groups.parquet"
+        self.splits = folder / "split/splits.csv"
+        out = ("--output-folder", folder / "list", "--meta", folder / "list/meta.json")
+        run(list_images.main, "--images", self.images, *out)
+        out = ("--output-folder", folder / "find", "--meta", folder / "find/meta.json")
+        given = ("--images", self.images, "--manifest", self.manifest, "--classes", *CLASSES)
+        run(find_duplicates.main, *given, *out)
+        out = ("--output-folder", folder / "split", "--meta", folder / "split/meta.json")
+        run(split.main, "--groups", self.groups, "--classes", *CLASSES, *out)
+
+    def path(self, label: int, number: int) -> Path:
+        name = self.folders[label]
+        return self.images / name / f"{name.lower()} ({number}).png"
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(path, label) of every image, sorted by path."""
+        frame = pd.read_parquet(self.manifest)
+        return list(zip(frame["path"], frame["label"].tolist(), strict=True))
+
+    def thumbnails(self, paths) -> np.ndarray:
+        """float [n, 4096], read by Pillow alone."""
+        return np.stack([np.asarray(Image.open(self.images / p).convert("L"), float).ravel() for p in paths])

@@ -434,7 +434,9 @@ def test_the_sheet_says_what_it_leaves_out(folder, monkeypatch):
     assert [marks for *_, marks in shown["rows"]] == [{"bad"}] * 16 + [{None}] * 8
     alike = [float(label.split()[0]) for label, *_ in shown["rows"]]
     assert alike[:16] == sorted(alike[:16], reverse=True) and alike[16:] == sorted(alike[16:], reverse=True)
-    assert shown["title"].endswith("; 24 with different labels (16 shown); 31 with equal labels (8 shown)")
+    assert shown["title"].endswith(
+        "; 24 with different labels (the closest 16 shown); 31 with equal labels (the closest 8 shown)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "equal", "conflicts"])

@@ -16,6 +16,7 @@ from scripts.common import code_key
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {"wandb"}  # imported only by who asks for it, with a hint where it is missing
+APART = ("hulumed", "hulumed_deepspeed")  # other versions than the lock's, so not those that are installed here
 
 
 class Rule(NamedTuple):
@@ -60,9 +61,26 @@ def pins(family: str) -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in (p.partition("==") for p in packages)}
 
 
-def lock() -> dict[str, str]:
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+def pinned(path: str) -> dict[str, str]:
+    """{canonical name: version} of a file of pins."""
+    text = (ROOT / path).read_text(encoding="utf-8")
     return {canonicalize_name(m[1]): m[2] for m in re.finditer(r"^([\w.-]+)==(\S+)$", text, flags=re.MULTILINE)}
+
+
+def lock() -> dict[str, str]:
+    return pinned("requirements.lock")
+
+
+def environments_of(rule: Rule) -> set[str]:
+    """The environments that a rule may name: one, or those of a variable that settings decide."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("rules/*.smk")))
+    (named,) = re.findall(r"^\s*f?\"\.\./envs/([\w{}]+)\.yaml\"\s*$", rule.sections["conda"])
+    todo, found = re.findall(r"{(\w+)}", named), set() if "{" in named else {named}
+    while todo:
+        (value,) = re.findall(rf"^{todo.pop()} = (.*)$", text, flags=re.MULTILINE)
+        found.update(set(re.findall(r"\"(\w+)\"", value)) & set(FAMILIES))
+        todo += re.findall(r"\b\w+_ENV\b", value)
+    return found
 
 
 FAMILIES = sorted(path.stem for path in ROOT.glob("envs/*.yaml"))
@@ -72,11 +90,54 @@ def test_no_environment_is_missing_or_left_over():
     assert sorted(envs.FAMILIES) == FAMILIES
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def own(family: str) -> dict[str, str]:
+    """The pins of a family that do not come from the lock."""
+    return pinned(f"envs/{family}.txt") if (ROOT / f"envs/{family}.txt").exists() else {}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in APART])
 def test_pins_are_those_of_the_lock(family):
-    wrong = {name: version for name, version in pins(family).items() if lock().get(name) != version}
+    wrong = {name: version for name, version in pins(family).items() if lock().get(name, version) != version}
     assert not wrong
+    assert set(pins(family)) <= set(lock()) | set(own(family))
     assert len(pins(family)) > 3
+
+
+@pytest.mark.parametrize("family", APART)
+def test_pins_apart_from_the_lock_are_exactly_the_resolved_ones(family):
+    assert pins(family) == own(family)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("envs/*.in")), ids=lambda path: path.stem)
+def test_resolved_pins_answer_what_was_asked(path):
+    """A changed .in file whose pins were not resolved anew is noticed."""
+    from packaging.requirements import Requirement
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if line.startswith("-r "):
+            lines += (path.parent / line.removeprefix("-r ")).read_text(encoding="utf-8").splitlines()
+    asked = [Requirement(line) for line in lines if line and line[0] not in "#-"]
+    assert asked
+    for need in asked:
+        version = own(path.stem).get(canonicalize_name(need.name))
+        assert version and need.specifier.contains(version), f"{need}: {path.stem}.txt has {version}"
+
+
+def test_hulu_med_gets_the_versions_that_its_code_was_written_for():
+    for family in APART:
+        held = pins(family)
+        assert (held["torch"], held["transformers"], held["accelerate"]) == ("2.4.0", "4.51.2", "1.7.0")
+    assert set(pins("hulumed_deepspeed")) - set(pins("hulumed")) == set(pins("deepspeed")) - set(lock())
+
+
+def test_two_versions_of_a_package_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs/tables.txt").write_text("numpy==1.0\n")
+    held = envs.read_pins(ROOT / "requirements.lock")
+    monkeypatch.setattr(envs, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="numpy==1.0, the lock"):
+        envs.pins_of("tables", held)
 
 
 def test_environments_are_up_to_date():
@@ -84,13 +145,13 @@ def test_environments_are_up_to_date():
     assert not stale, "run `make config`"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in APART])
 def test_pins_hold_all_that_they_need(family):
     """By the metadata of what is installed: each requirement for this platform is pinned, to a version that suits."""
     from packaging.requirements import Requirement
 
     held = pins(family)
-    for name in held:
+    for name in held.keys() & lock().keys():
         for need in map(Requirement, importlib.metadata.requires(name) or []):
             if need.marker is None or need.marker.evaluate({"extra": ""}):
                 other = canonicalize_name(need.name)
@@ -138,8 +199,14 @@ def test_a_rule_says_all_it_must(name):
     missing = {"output", "log", "benchmark", "conda", "threads", "message", "params"} - set(sections)
     assert not missing
     assert "{log" in sections["shell"]
-    assert re.fullmatch(r"\s*\"\.\./envs/(\w+)\.yaml\"\s*", sections["conda"])
-    assert re.search(r"envs/(\w+)", sections["conda"])[1] in FAMILIES
+    assert environments_of(RULES[name])
+    assert environments_of(RULES[name]) <= set(FAMILIES)
+
+
+def test_settings_may_choose_an_environment():
+    assert environments_of(RULES["busi_predict"]) == {"vlm", "hulumed"}
+    assert environments_of(RULES["busi_train_lora"]) >= {"vlm", "hulumed", "deepspeed"}
+    assert environments_of(RULES["vase_split"]) == {"tables"}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -161,9 +228,10 @@ def test_one_name_everywhere(name):
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if module_of(rule)])
 def test_an_environment_holds_all_that_its_rule_imports(name):
-    family = re.search(r"envs/(\w+)", RULES[name].sections["conda"])[1]
-    missing = set().union(*map(reached, modules_of(RULES[name]))) - set(pins(family))
-    assert not missing, f"envs/{family}.yaml lacks them"
+    needed = set().union(*map(reached, modules_of(RULES[name])))
+    for family in environments_of(RULES[name]):
+        missing = needed - set(pins(family))
+        assert not missing, f"envs/{family}.yaml lacks them"
 
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if module_of(rule)])

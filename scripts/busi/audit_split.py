@@ -117,17 +117,17 @@ def other_folder(frame: pd.DataFrame, classes: Sequence[str]) -> list[str]:
     return sorted(set(frame.loc[named.notna() & (named != frame["label"]), "path"]))
 
 
-def count_rows(where: str, frame: pd.DataFrame, found: pd.DataFrame) -> dict[str, int]:
+def count_rows(source: Path, side: str, frame: pd.DataFrame, found: pd.DataFrame) -> dict[str, int]:
     """Rows of a side: in = compared + missing.
 
     Raises:
-        KilnError: none of the listed images is there.
+        KilnError: the side has no row, or none of its images is there.
     """
+    if frame.empty:
+        raise KilnError(f"{source}: no image is on side {side}", "an audit compares train and test: look at the split")
     if found.empty:
         raise KilnError(
-            f"{where}: none of its {len(frame)} images is there, such as {frame['image'].iloc[0]}"
-            if len(frame)
-            else f"{where}: no image is on this side",
+            f"{source}: none of its {len(frame)} images is there, such as {frame['image'].iloc[0]}",
             "--images is the folder of the class folders, which the listed paths are relative to",
         )
     missing = int((~frame["image"].isin(found["image"])).sum())
@@ -145,8 +145,8 @@ def require_clean(twins: dict[str, pd.DataFrame], threshold: float) -> None:
         if len(near):
             one = near.iloc[0]
             raise KilnError(
-                f"{len(near)} near-twins at {threshold:g} or above between {between}, such as {one['test']} and "
-                f"{one['train']} ({one['similarity']:.4f})",
+                f"{len(near)} pairs of near-twins at {threshold:g} or above between {between}, such as "
+                f"{one['test']} and {one['train']} ({one['similarity']:.4f})",
                 "split whole duplicate groups: make groups, split and audit of one run, with "
                 f"busi.duplicates.threshold at most {threshold:g}",
             )
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     sides = read_sides(args, listed["path"].tolist())
     missing = find_missing(sides, listed)
     found = {side: frame[~frame["image"].isin(missing)] for side, frame in sides.items()}
-    counts = {side: count_rows(str(files.get(side) or args.splits), sides[side], found[side]) for side in sides}
+    counts = {s: count_rows(args.splits or files[s], s, sides[s], found[s]) for s in sides}
 
     paths = sorted(set(pd.concat(found.values())["path"]))
     numbers = {path: number for number, path in enumerate(paths)}

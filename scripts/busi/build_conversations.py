@@ -38,7 +38,7 @@ def from_ours(file: Path, listed: pd.DataFrame, classes: Sequence[str], values: 
     if stale.any():
         row = int(stale.argmax())
         raise KilnError(
-            f"{file}, row {row + 1}: {frame['path'][row]}: not listed, or not with these bytes, this group and this label",
+            f"{file}, row {row + 1}: {frame['path'][row]}: not listed, or not with these bytes, this group, this label",
             "manifest, groups and splits are not of one run: delete the older and run again",
         )
     torn = frame.groupby("group")["side"].transform("nunique") > 1

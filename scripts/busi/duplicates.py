@@ -90,16 +90,6 @@ def _read_one(path: Path) -> tuple[np.ndarray, str]:
     return np.asarray(grey).reshape(-1), digest.hexdigest()
 
 
-def thumbnails(folder: Path, paths: Sequence[str], processes: int) -> np.ndarray:
-    """Grey thumbnails, uint8 [n, 4096]; see `read`."""
-    return read(folder, paths, processes).thumbnails
-
-
-def pixel_hashes(folder: Path, paths: Sequence[str], processes: int) -> list[str]:
-    """Digests of size and decoded pixels; see `read`."""
-    return read(folder, paths, processes).pixels
-
-
 def similar_blocks(
     left: np.ndarray, right: np.ndarray | None, threshold: float, block: int = BLOCK
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -171,12 +161,13 @@ def _units(thumbs: np.ndarray, moments: tuple[np.ndarray, np.ndarray], start: in
 def _correlation(left, ours, rows: np.ndarray, right, theirs, columns: np.ndarray) -> np.ndarray:
     """Pearson's correlation of some rows of `left` with some of `right`; 0 for a thumbnail of one grey level.
 
-    Products and sums are whole numbers below 2^53, so that no order of summation changes a bit.
+    Products and sums are whole numbers below 2^53, so that no order of summation changes a bit. Rounding is monotone:
+    none is above 1.
     """
     products = left[rows].astype(np.float64) @ right[columns].astype(np.float64).T
     joint = VALUES * products - np.outer(ours[0][rows], theirs[0][columns])
     scale = np.sqrt(np.outer(ours[1][rows], theirs[1][columns]))
-    return np.minimum(np.divide(joint, scale, out=np.zeros_like(joint), where=scale > 0), 1)
+    return np.divide(joint, scale, out=np.zeros_like(joint), where=scale > 0)
 
 
 def find(pictures: Pictures, threshold: float, block: int = BLOCK, most: int = MOST_PAIRS) -> Duplicates:

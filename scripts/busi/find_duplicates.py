@@ -62,7 +62,8 @@ def draw_sheet(path: Path, images: Path, pairs: pd.DataFrame, total: int, classe
     if len(pairs) < total:
         title += f" ({len(pairs)} listed)"
     for name, count, shown in (("different", torn.sum(), len(conflicts)), ("equal", (~torn).sum(), len(equal))):
-        title += f"; {count} with {name} labels" + (f" ({shown} shown)" if shown < count else "")
+        if total:
+            title += f"; {count} with {name} labels" + (f" (the closest {shown} shown)" if shown < count else "")
     sheets.contact_sheet(path, rows, title, max_pixels=duplicates.NO_LIMIT)
 
 

@@ -84,6 +84,10 @@ def add_adapters(
     pattern = target_pattern(model, family, settings)
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # else a validation on the CPU packs the weights into a form that passes no gradient on
+                module.support_avx512bf16_for_cpu = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False

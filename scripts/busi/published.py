@@ -108,10 +108,12 @@ def _object(path: Path, number: int, row: object) -> dict:
 def _csv(path: Path, text: str) -> list[tuple[int, dict]]:
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     hint = f"its first line is {','.join(COLUMNS)}; texts that hold commas stand in double quotes"
+    rows = []
     try:
-        rows = list(table)
+        for row in table:
+            rows.append(row)
     except csv.Error as error:
-        raise KilnError(f"{path}, line {table.line_num}: no CSV: {error}", hint) from None
+        raise KilnError(f"{path}, row {len(rows) + 1}: no CSV: {error}", hint) from None
     header = table.fieldnames or []
     missing = [name for name in COLUMNS if name not in header]
     if missing:

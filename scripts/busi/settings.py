@@ -1,6 +1,6 @@
 """Settings of pipeline `busi`; the defaults are the published values of the Hulu-Med fine-tune on BUSI."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -37,7 +37,7 @@ class DuplicatesSettings(Settings):
     threshold: float = Field(
         0.98, gt=0, le=1, description="least normalised correlation of 64x64 grey thumbnails that makes near-twins"
     )
-    block: int = execution(2048, gt=0, description="thumbnails compared at a time: memory grows with its square")
+    block: int = execution(1024, gt=0, description="thumbnails compared at a time: memory grows with its square")
 
 
 class SplitSettings(Settings):
@@ -68,7 +68,9 @@ class PublishedSplit(Settings):
 class AuditSettings(Settings):
     """How splits are audited for leaks."""
 
-    thresholds: tuple[float, ...] = Field((0.97, 0.98, 0.99), min_length=1, description="correlations to report")
+    thresholds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.97, 0.98, 0.99), min_length=1, description="correlations to report"
+    )
 
 
 class ConversationSettings(Settings):
@@ -209,3 +211,11 @@ class BusiSettings(Settings):
     merge: MergeSettings = MergeSettings()
     predict: PredictSettings = PredictSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _leak_threshold_is_audited(self):
+        if self.evaluate.leak_threshold not in self.audit.thresholds:
+            raise ValueError(f"evaluate.leak_threshold {self.evaluate.leak_threshold} must be among audit.thresholds")
+        if {"ours", "published"} & self.audits.keys():
+            raise ValueError("audits: the names ours and published are taken")
+        return self

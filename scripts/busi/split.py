@@ -142,11 +142,11 @@ def _programme(kinds, copies, shares, ties, least) -> tuple[np.ndarray | None, f
     return np.rint(chosen.x[: ties.size]).astype(np.int64).reshape(ties.shape), over.sum()
 
 
-def check_classes(frame: pd.DataFrame, classes: Sequence[str], sides: Sequence[str], source: Path) -> None:
-    """Each class needs a duplicate group for each side.
+def check_labels(frame: pd.DataFrame, classes: Sequence[str], source: Path) -> None:
+    """Labels are class numbers.
 
     Raises:
-        KilnError: a label is no class, all images are of one, or a class has too few groups; names it and its count.
+        KilnError: one is not; names its image.
     """
     strange = frame[~frame["label"].isin(range(len(classes)))]
     if len(strange):
@@ -155,6 +155,14 @@ def check_classes(frame: pd.DataFrame, classes: Sequence[str], sides: Sequence[s
             f"0 to {len(classes) - 1} ({', '.join(classes)})",
             "give --classes in the order of busi.list.classes, which the images were listed with",
         )
+
+
+def check_classes(frame: pd.DataFrame, classes: Sequence[str], sides: Sequence[str], source: Path) -> None:
+    """Each class needs a duplicate group for each side.
+
+    Raises:
+        KilnError: all images are of one class, or a class has too few groups; names it and its count.
+    """
     present = frame["label"].unique()
     if len(present) < 2:
         what = f"all {len(frame)} images are of class {classes[present[0]]}" if len(present) else "no image"
@@ -205,6 +213,16 @@ def describe(frame: pd.DataFrame, classes: Sequence[str], shares: Mapping[str, f
     }  # fmt: skip
 
 
+def with_reasons(left_out: pd.DataFrame, fate: str | None, classes: Sequence[str]) -> pd.DataFrame:
+    """Images of groups with label conflicts, with a column reason: what became of them, and which labels differ."""
+    held = {
+        group: ", ".join(classes[label] for label in sorted(set(labels)))
+        for group, labels in left_out.groupby("group")["label"]
+    }
+    reasons = [f"{fate}: labels differ ({held[group]}) in group {group}" for group in left_out["group"]]
+    return left_out.assign(reason=reasons)
+
+
 def read_splits(path: Path, classes: Sequence[str]) -> pd.DataFrame:
     """splits.csv of this rule: columns path, label (int64), group, conflict (bool), sha256, side.
 
@@ -240,12 +258,10 @@ def run(args: argparse.Namespace) -> None:
     frame = tables.read_table(args.groups, ["path", "label", "group", "conflict", "sha256"])
     fate = LEFT_OUT.get(values.conflicts)
     torn = frame["conflict"].astype(bool) & (fate is not None)
-    left_out = frame[torn].sort_values("path")
-    names = left_out["label"].map(dict(enumerate(args.classes))).groupby(left_out["group"])
-    held = names.transform(lambda labels: ", ".join(sorted(labels.unique())))
-    left_out = left_out.assign(reason=f"{fate}: labels differ (" + held + ") in group " + left_out["group"])
     kept = frame[~torn].sort_values("path", ignore_index=True)
+    check_labels(frame, args.classes, args.groups)
     check_classes(kept, args.classes, SIDES, args.groups)
+    left_out = with_reasons(frame[torn].sort_values("path"), fate, args.classes)
     shares = {side: getattr(values, side) for side in SIDES}
     kept = kept.assign(side=kept["group"].map(deal(kept["group"], kept["label"], shares, values.seed)))
     parts = {**{side: int((kept["side"] == side).sum()) for side in SIDES}, "dropped": 0, "quarantined": 0}

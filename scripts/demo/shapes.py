@@ -29,6 +29,7 @@ QUESTIONS = {
         "colour": "What colour?",
         "shape": "What shape?",
         "pattern": "What pattern?",
+        "second": "What colour is the pattern?",
         "describe": "Describe the picture.",
     },
     "grey": {
@@ -56,6 +57,7 @@ def answers() -> dict[tuple[str, str], tuple[str, ...]]:
         ("coloured", "colour"): tuple(COLOURS),
         ("coloured", "shape"): FORMS,
         ("coloured", "pattern"): PATTERNS,
+        ("coloured", "second"): tuple(COLOURS),
         ("grey", "outline"): OUTLINES,
         ("grey", "below"): BELOW,
         ("grey", "extent"): EXTENTS,
@@ -85,7 +87,7 @@ def _coloured(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
     _draw_form(pen, form, x, y, r, _near(rng, COLOURS[colour], 20))
     _draw_pattern(pen, form, pattern, x, y, r, _near(rng, COLOURS[second], 20))
     text = f"a {colour} {form} with {second} {pattern}"
-    known = {"colour": colour, "shape": form, "pattern": pattern, "describe": text}
+    known = {"colour": colour, "shape": form, "pattern": pattern, "second": second, "describe": text}
     return Sample(canvas.resize(size, Image.Resampling.BOX), "coloured", known)
 
 
@@ -114,16 +116,16 @@ def _draw_form(pen: ImageDraw.ImageDraw, form: str, x: float, y: float, r: float
 def _draw_pattern(pen, form: str, pattern: str, x: float, y: float, r: float, fill: tuple[int, ...]) -> None:
     reach = r * {"bar": 0.3, "triangle": 0.6, "hourglass": 0.35}.get(form, 0.75)
     y += {"triangle": 0.3}.get(form, 0) * r
-    thick = max(0.14 * r, 1.5 * _ENLARGED)
+    thick = 0.18 * r
     if pattern == "spots":
-        for place in (-1, -1 / 3, 1 / 3, 1):
+        for place in (-1, 0, 1):
             cx = x + reach * place
             pen.ellipse((cx - thick, y - thick, cx + thick, y + thick), fill)
     elif pattern == "stripes":
-        for dy in (-0.2, 0.2):
+        for dy in (-0.25, 0.25):
             pen.line([(x - reach, y + dy * r), (x + reach, y + dy * r)], fill, round(thick))
     else:
-        points = [(x + reach * (i / 4 - 1), y + r * (0.25 if i % 2 else -0.25)) for i in range(9)]
+        points = [(x + reach * (i / 4 - 1), y + r * (0.3 if i % 2 else -0.3)) for i in range(9)]
         pen.line(points, fill, round(thick))
 
 
@@ -140,7 +142,7 @@ def _grey(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
         }
         known["describe"] = f"a {known['outline']} {known['extent']} blob with {known['below']} below"
         side = min(size)
-        mean, stretch = rng.uniform(0.12, 0.21) * side, rng.uniform(1.15, 1.45)
+        mean, stretch = rng.uniform(0.14, 0.22) * side, rng.uniform(1.15, 1.4)
         rx, ry = mean * stretch, mean / stretch
         if known["extent"] == "tall":
             rx, ry = ry, rx
@@ -162,13 +164,13 @@ def _grey(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
 
 def _blob(rng: np.random.Generator, size: tuple[int, int], centre, radii, jagged: bool) -> np.ndarray:
     """[height, width] float32: 1 within an ellipse, or within a star that goes in and out of it, else 0."""
-    count = 2 * int(rng.integers(6, 11)) if jagged else 72
+    count = 2 * int(rng.integers(6, 10)) if jagged else 72
     angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
     reach = np.ones(count)
     if jagged:
         angle += rng.uniform(-0.3, 0.3, count) * (2 * np.pi / count)
-        reach[::2] += rng.uniform(0.15, 0.5, count // 2)
-        reach[1::2] -= rng.uniform(0.1, 0.4, count // 2)
+        reach[::2] += rng.uniform(0.2, 0.7, count // 2)
+        reach[1::2] -= rng.uniform(0.2, 0.5, count // 2)
     x = centre[0] + radii[0] * reach * np.cos(angle)
     y = centre[1] + radii[1] * reach * np.sin(angle)
     mask = Image.new("L", (size[0] * _ENLARGED, size[1] * _ENLARGED))
