@@ -35,7 +35,7 @@ from benchmarks.vase_images import processor as cpu_name
 from scripts.busi import fine_tuning, lora, scoring, train_lora
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.settings import PROMPT, TrainLoraSettings
-from scripts.common import tiny_vlm, vlm
+from scripts.common import devices, tiny_vlm, vlm
 from scripts.common.artefacts import write_json
 
 CLASSES = ("Normal", "Benign", "Malignant")
@@ -68,7 +68,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 def compare_scoring(args: argparse.Namespace, folder: Path, rows: pd.DataFrame) -> dict:
     """Interleaved runs of both ways to the same numbers."""
-    device, dtype = torch.device(args.device), lora.DTYPES[args.precision]
+    device, dtype = torch.device(args.device), devices.DTYPES[args.precision]
     processor = FAMILY.load_processor(folder / "base")
     model = FAMILY.load_model(folder / "base", dtype=dtype, device_map={"": device}).eval()
     rows = rows.iloc[: args.batch_size]
@@ -116,9 +116,15 @@ def compare_scoring(args: argparse.Namespace, folder: Path, rows: pd.DataFrame) 
 def train_once(method: str, args: argparse.Namespace, folder: Path, rows: pd.DataFrame, connection) -> None:
     """Train a few steps; sends seconds per run and peak memory in MB (of the GPU, or of the process)."""
     torch.set_num_threads(args.threads)
-    settings = {"epochs": 1, "batch_size": args.batch_size, "accumulation": 1, "workers": 0, "precision": args.precision}
+    settings = {
+        "epochs": 1,
+        "batch_size": args.batch_size,
+        "accumulation": 1,
+        "workers": 0,
+        "precision": args.precision,
+    }
     values = TrainLoraSettings.model_validate({"base": {"family": "qwen"}, "train": settings})
-    device, dtype = torch.device(args.device), lora.DTYPES[args.precision]
+    device, dtype = torch.device(args.device), devices.DTYPES[args.precision]
     on_cpu = device.type == "cpu"
     arguments = fine_tuning.training_arguments(values.train, folder / method, args.precision, on_cpu, len(rows), 1)
     arguments.eval_strategy = "no"
@@ -130,7 +136,11 @@ def train_once(method: str, args: argparse.Namespace, folder: Path, rows: pd.Dat
     for _ in range(args.runs):
         trainer = fine_tuning.make_trainer(model, FAMILY, processor, arguments, data, data, [])
         connection.send(seconds_of(trainer.train, device))
-    peak = torch.cuda.max_memory_allocated() / 1e6 if not on_cpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = (
+        torch.cuda.max_memory_allocated() / 1e6
+        if not on_cpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    )
     connection.send({"peak_mb": peak, "weights_mb": model.get_memory_footprint() / 1e6})
 
 

@@ -11,8 +11,6 @@ from scripts.busi.settings import LoraSettings
 from scripts.common.errors import KilnError
 from scripts.common.vlm import Family
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def quantisation(settings: LoraSettings, family: Family, dtype: torch.dtype):
     """nf4 as in QLoRA (Dettmers et al. 2023); the language-model head stays as it is."""

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from scripts.busi import lora, scoring
+from scripts.busi import scoring
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.list_images import image_of_mask
@@ -56,7 +56,7 @@ def new_rows(folder: Path, values: PredictStepSettings, threads: int) -> tuple[p
 def load(args: argparse.Namespace, values: PredictStepSettings, family: vlm.Family):
     """The model, in evaluation mode, on its device."""
     on_cpu = devices.prepare(args.device, values.predict.precision, step.threads(args))
-    dtype = lora.DTYPES[devices.choose_precision(values.predict.precision, on_cpu)]
+    dtype = devices.DTYPES[devices.choose_precision(values.predict.precision, on_cpu)]
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     model = family.load_model(args.model, dtype=dtype, device_map={"": device})
     if args.adapter:

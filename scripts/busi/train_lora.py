@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):
     settings, quantised = values.train, args.method == "qlora"
     on_cpu = devices.prepare(args.device, settings.precision, step.threads(args), settings.deterministic)
     precision = devices.choose_precision(settings.precision, on_cpu)
-    dtype = lora.DTYPES[precision]
+    dtype = devices.DTYPES[precision]
     rows = {side: read_rows(getattr(args, side)) for side in ("train", "validation")}
     processes = int(os.environ.get("WORLD_SIZE", 1))
     arguments = fine_tuning.training_arguments(settings, folder, precision, on_cpu, len(rows["train"]), processes)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from scripts.common.errors import KilnError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 

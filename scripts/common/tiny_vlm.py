@@ -73,7 +73,8 @@ def build(
         seed: of the weights; the global random state of torch stays as it was.
         hidden: width of the language model (4 heads, 2 of them for keys and values), a multiple of 64: bitsandbytes'
             4-bit blocks hold 64 weights. So is `vision_hidden`.
-        image_side: pixels, a multiple of 28; pictures are scaled to about this side squared, in their own proportions.
+        image_side: pixels, a multiple of 14; pictures are scaled to about its square, in about their own proportions,
+            by Qwen's rule: both sides become multiples of 28.
         vocabulary: most tokens, the special ones not counted; a small corpus makes fewer.
 
     Returns:
@@ -85,7 +86,7 @@ def build(
     for name, value, unit in (
         ("hidden", hidden, 64),
         ("vision_hidden", vision_hidden, 64),
-        ("image_side", image_side, 28),
+        ("image_side", image_side, 14),
     ):
         if value <= 0 or value % unit:
             raise ValueError(f"{name} = {value}: expected a multiple of {unit}")

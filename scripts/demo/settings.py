@@ -57,7 +57,7 @@ class DemoVlmSettings(Settings):
     layers: int = Field(2, gt=0)
     vision_hidden: int = Field(64, ge=64, multiple_of=64, description="width of the vision encoder")
     vision_depth: int = Field(2, gt=0)
-    image_side: int = Field(84, ge=56, multiple_of=28, description="pictures have about its square in pixels")
+    image_side: int = Field(98, ge=56, multiple_of=14, description="pictures have about its square in pixels")
     pictures: int = Field(4000, gt=0, description="pictures to learn from")
     coloured: float = Field(0.4, gt=0, lt=1, description="share of coloured forms; the others are grey blobs")
     held_out: int = Field(400, gt=0, description="further pictures, for the metrics only")

@@ -29,7 +29,6 @@ QUESTIONS = {
         "colour": "What colour?",
         "shape": "What shape?",
         "pattern": "What pattern?",
-        "second": "What colour is the pattern?",
         "describe": "Describe the picture.",
     },
     "grey": {
@@ -57,7 +56,6 @@ def answers() -> dict[tuple[str, str], tuple[str, ...]]:
         ("coloured", "colour"): tuple(COLOURS),
         ("coloured", "shape"): FORMS,
         ("coloured", "pattern"): PATTERNS,
-        ("coloured", "second"): tuple(COLOURS),
         ("grey", "outline"): OUTLINES,
         ("grey", "below"): BELOW,
         ("grey", "extent"): EXTENTS,
@@ -87,7 +85,7 @@ def _coloured(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
     _draw_form(pen, form, x, y, r, _near(rng, COLOURS[colour], 20))
     _draw_pattern(pen, form, pattern, x, y, r, _near(rng, COLOURS[second], 20))
     text = f"a {colour} {form} with {second} {pattern}"
-    known = {"colour": colour, "shape": form, "pattern": pattern, "second": second, "describe": text}
+    known = {"colour": colour, "shape": form, "pattern": pattern, "describe": text}
     return Sample(canvas.resize(size, Image.Resampling.BOX), "coloured", known)
 
 
@@ -154,7 +152,9 @@ def _grey(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
             bar[round(y) :, max(round(x - half), 0) : round(x + half)] = 1
             change = rng.uniform(0.35, 0.7) if known["below"] == "bright" else -rng.uniform(0.35, 0.7)
             picture += change * ground * gaussian_filter(bar, rng.uniform(0.3, 1.8))
-        inside = gaussian_filter(_blob(rng, size, (x, y), (rx, ry), known["outline"] == "jagged"), rng.uniform(0.3, 1.0))
+        inside = gaussian_filter(
+            _blob(rng, size, (x, y), (rx, ry), known["outline"] == "jagged"), rng.uniform(0.3, 1.0)
+        )
         picture += inside * (ground * rng.uniform(0.1, 0.5) - picture)
     grain = gaussian_filter(rng.standard_normal((height, width), np.float32), rng.uniform(0.3, 2.0))
     picture *= 1 + grain * (rng.uniform(0.06, 0.3) / grain.std())  # speckle grows with brightness
