@@ -180,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(place)
         if args.only != "duplicates":
             rows = draw_images(folder / "images", args.images, args.side)
-            sizes = {"hidden": args.hidden, "layers": args.layers, "vision_hidden": args.hidden}
             tiny_vlm.build(
-                folder / "base", [PROMPT, *CLASSES], vision_depth=max(args.layers // 2, 1), image_side=args.side, **sizes
+                folder / "base", [PROMPT, *CLASSES], hidden=args.hidden, layers=args.layers, image_side=args.side,
+                vision_hidden=args.hidden, vision_depth=max(args.layers // 2, 1),
             )  # fmt: skip
         for name in wanted:
             work = {

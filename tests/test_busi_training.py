@@ -1,5 +1,6 @@
 """Fine-tuning by LoRA and QLoRA: what it learns, what it writes, and that no kill costs more than time."""
 
+import importlib.util
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from vlm_fixtures import chat_rows, tiny_base
 from scripts.busi import fine_tuning, train_lora
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import TrainSettings
+from scripts.common import launch
 from scripts.common.errors import KilnError
 
 pytestmark = pytest.mark.slow
@@ -205,3 +207,30 @@ def test_a_row_that_is_no_chat_row_is_named(tmp_path):
     table.write_text(table.read_text() + '{"image": "x.png"}\n')
     with pytest.raises(KilnError, match=r"train.jsonl, line 4: no chat row"):
         read_rows(table)
+
+
+def test_zero2_without_deepspeed_says_so_before_any_model_is_loaded(data, tmp_path):
+    if importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is installed")
+    with pytest.raises(KilnError, match="deepspeed is not installed here"):
+        train_here(data, tmp_path, settings(deepspeed="zero2"))
+
+
+def test_what_zero2_leaves_open_is_what_the_trainer_fills_in():
+    """The keys that transformers' integration replaces (its `trainer_config_process`)."""
+    auto = {key for key, value in fine_tuning.ZERO2.items() if value == "auto"}
+    assert auto == {
+        "gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu",
+    }  # fmt: skip
+    assert json.loads(json.dumps(fine_tuning.ZERO2)) == fine_tuning.ZERO2
+    stage = fine_tuning.ZERO2["zero_optimization"]
+    assert stage["stage"] == 2
+    assert stage["offload_optimizer"]["device"] == "cpu"
+    assert "optimizer" not in fine_tuning.ZERO2  # the Trainer's own is then exchanged for DeepSpeed's on the CPU
+
+
+def test_several_gpus_are_started_by_torchrun():
+    command = launch.step_command(["scripts.busi.train_lora", "--method", "lora"], 8)
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert "--nproc_per_node=8" in command
+    assert command[-3:] == ["scripts.busi.train_lora", "--method", "lora"]

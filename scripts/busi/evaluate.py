@@ -6,7 +6,6 @@ beside the base's own, which never saw train, is what the leak adds.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 

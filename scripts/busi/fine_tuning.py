@@ -3,6 +3,7 @@
 Messages, files and command line lie in `train_lora`, so that editing those retrains nothing.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,10 @@ ZERO2 = {
         "stage": 2,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
         "allgather_partitions": True,
-        "allgather_bucket_size": 5e8,
+        "allgather_bucket_size": 500_000_000,
         "overlap_comm": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": 5e8,
+        "reduce_bucket_size": 500_000_000,
         "contiguous_gradients": True,
     },
     "gradient_accumulation_steps": "auto",
@@ -45,10 +46,31 @@ def total_steps(settings: TrainSettings, items: int, processes: int) -> int:
     return math.ceil(settings.epochs * math.ceil(batches / settings.accumulation))
 
 
+def require_deepspeed(on_cpu: bool) -> None:
+    """Stop now, and not when the optimiser is made, where DeepSpeed cannot work.
+
+    Raises:
+        KilnError: it is not installed, or training is on a CPU.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise KilnError(
+            "busi.train.deepspeed is zero2, but deepspeed is not installed here",
+            "use the rule's own environment (snakemake --sdm conda), or set busi.train.deepspeed=none",
+        )
+    if on_cpu:
+        raise KilnError("busi.train.deepspeed is zero2 on a CPU", "set busi.train.deepspeed=none, or train on GPUs")
+
+
 def training_arguments(
     settings: TrainSettings, folder: Path, precision: str, on_cpu: bool, items: int, processes: int
 ) -> TrainingArguments:
-    """The Trainer's arguments; saves and curves are left to callbacks."""
+    """The Trainer's arguments; saves and curves are left to callbacks.
+
+    Raises:
+        KilnError: DeepSpeed is asked for, and is not there or has no GPU.
+    """
+    if settings.deepspeed != "none":
+        require_deepspeed(on_cpu)
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,

@@ -131,6 +131,8 @@ def _grey(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
     width, height = size
     ground = rng.uniform(45, 150)
     picture = np.full((height, width), ground, np.float32)
+    for start in rng.uniform(0.1, 0.9, rng.integers(0, 3)):  # flat bands across the picture, to its lower edge
+        picture[round(start * height) :] = ground * rng.uniform(0.5, 1.5)
     known = {"outline": "none", "below": "nothing", "extent": "none", "describe": "no blob"}
     if rng.random() >= EMPTY:
         known = {
@@ -155,7 +157,7 @@ def _grey(rng: np.random.Generator, size: tuple[int, int]) -> Sample:
         inside = gaussian_filter(
             _blob(rng, size, (x, y), (rx, ry), known["outline"] == "jagged"), rng.uniform(0.3, 1.0)
         )
-        picture += inside * (ground * rng.uniform(0.1, 0.5) - picture)
+        picture += inside * (picture.min() * rng.uniform(0.15, 0.7) - picture)
     grain = gaussian_filter(rng.standard_normal((height, width), np.float32), rng.uniform(0.3, 2.0))
     picture *= 1 + grain * (rng.uniform(0.06, 0.3) / grain.std())  # speckle grows with brightness
     pixels = np.clip(picture, 0, 255).astype(np.uint8)
