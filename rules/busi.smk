@@ -24,16 +24,23 @@ describe.
 
 BUSI = f"{RESULTS}/busi"
 BUSI_SPLIT = CONFIG.busi.conversations.split
-BUSI_AUDITED = {
-    **{name: {"train": s.train, "test": s.test} for name, s in CONFIG.busi.audits.items()},
-    **({} if BUSI_SPLIT == "ours" else {"published": {"train": BUSI_SPLIT.train, "test": BUSI_SPLIT.test}}),
-}
-BUSI_AUDITS = ["ours", *BUSI_AUDITED]
 BUSI_USED = "ours" if BUSI_SPLIT == "ours" else "published"
+BUSI_SPLITS = {  # option: file of each split that is audited or used
+    "ours": {"--splits": f"{BUSI}/split/splits.csv"},
+    **({} if BUSI_SPLIT == "ours" else {"published": {"--train": BUSI_SPLIT.train, "--test": BUSI_SPLIT.test}}),
+    **{name: {"--train": one.train, "--test": one.test} for name, one in CONFIG.busi.audits.items()},
+}
+BUSI_OPTIONS = {
+    name: " ".join(f"{option} {shlex.quote(path)}" for option, path in files.items())
+    for name, files in BUSI_SPLITS.items()
+}
 BUSI_MODELS = ["base", *CONFIG.busi.methods]
 BUSI_BASE = model_folder(CONFIG.busi.base.model)
 BUSI_ENV = {"qwen": "vlm", "hulumed": "hulumed"}[CONFIG.busi.base.family]
-BUSI_TRAIN_ENV = "deepspeed" if CONFIG.busi.train.deepspeed != "none" else BUSI_ENV
+BUSI_TRAIN_ENV = {
+    "vlm": {"none": "vlm", "zero2": "deepspeed"},
+    "hulumed": {"none": "hulumed", "zero2": "hulumed_deepspeed"},
+}[BUSI_ENV][CONFIG.busi.train.deepspeed]
 BUSI_TRAIN_CODE = (
     "scripts.common.devices",
     "scripts.common.vlm",
@@ -41,27 +48,10 @@ BUSI_TRAIN_CODE = (
     "scripts.busi.fine_tuning",
     "scripts.busi.lora",
 )
+BUSI_CARD = model_card_options(CONFIG.busi.base.model) + (
+    " --demo" if CONFIG.busi.images.startswith(f"{RESULTS}/demo/") else ""
+)
 BUSI_CLASSES = " ".join(map(shlex.quote, CONFIG.busi.list.classes))
-
-
-def busi_split_files(name):
-    """Files of a split that is audited or used: ours, or a published one's."""
-    return [f"{BUSI}/split/splits.csv"] if name == "ours" else list(BUSI_AUDITED[name].values())
-
-
-def busi_card_options(name):
-    """What the model card says of the base."""
-    row = MODELS.get(name)
-    hub = f" --hub-name {row.source}" if row and row.kind == "hub" else ""
-    base = name if row else "a model given as a folder"
-    demo = " --demo" if CONFIG.busi.images.startswith(f"{RESULTS}/demo/") else ""
-    return f"--base-name {shlex.quote(base)}{hub} --licence {shlex.quote(row.licence if row else 'unknown')}{demo}"
-
-
-def busi_split_options(name):
-    """The options that hand those files to a step."""
-    options = ["--splits"] if name == "ours" else ["--train", "--test"]
-    return " ".join(f"{o} {shlex.quote(f)}" for o, f in zip(options, busi_split_files(name)))
 
 
 rule busi_list_images:
@@ -189,7 +179,7 @@ rule busi_split:
 rule busi_audit_split:
     input:
         manifest=rules.busi_list_images.output.manifest,
-        files=lambda w: drawn(CONFIG.busi.images)(w) + busi_split_files(w.split),
+        files=lambda w: drawn(CONFIG.busi.images)(w) + list(BUSI_SPLITS[w.split].values()),
     output:
         report=f"{BUSI}/audit_split/{{split}}/leakage_report.json",
         meta=f"{BUSI}/audit_split/{{split}}/meta.json",
@@ -198,7 +188,7 @@ rule busi_audit_split:
     benchmark:
         f"{BENCHMARKS}/busi/audit_split/{{split}}.tsv"
     wildcard_constraints:
-        split="|".join(BUSI_AUDITS),
+        split="|".join(BUSI_SPLITS),
     conda:
         "../envs/tables.yaml"
     threads: class_threads("cpu")
@@ -208,7 +198,7 @@ rule busi_audit_split:
         step=outside(STEP),
         images=outside(CONFIG.busi.images),
         classes=BUSI_CLASSES,
-        tables=lambda w: busi_split_options(w.split),
+        tables=lambda w: BUSI_OPTIONS[w.split],
         clean=lambda w: f"--require-clean {CONFIG.busi.duplicates.threshold}" if w.split == "ours" else "",
         settings=numerics("busi.audit"),
         code=code_key("scripts.busi.audit_split"),
@@ -233,7 +223,7 @@ rule busi_build_conversations:
     input:
         manifest=rules.busi_list_images.output.manifest,
         groups=rules.busi_find_duplicates.output.groups,
-        files=lambda w: drawn(CONFIG.busi.images)(w) + busi_split_files(BUSI_USED),
+        files=lambda w: drawn(CONFIG.busi.images)(w) + list(BUSI_SPLITS[BUSI_USED].values()),
     output:
         train=f"{BUSI}/build_conversations/train.jsonl",
         validation=f"{BUSI}/build_conversations/validation.jsonl",
@@ -253,7 +243,7 @@ rule busi_build_conversations:
     params:
         step=outside(STEP),
         classes=BUSI_CLASSES,
-        tables=outside(busi_split_options(BUSI_USED)),
+        tables=outside(BUSI_OPTIONS[BUSI_USED]),
         settings=numerics("busi.conversations"),
         code=code_key("scripts.busi.build_conversations"),
         folder=subpath(output.meta, parent=True),
@@ -514,7 +504,7 @@ rule busi_describe_model:
         **class_resources("light"),
     params:
         step=outside(STEP),
-        base=busi_card_options(CONFIG.busi.base.model),
+        base=BUSI_CARD,
         code=code_key("scripts.busi.describe_model"),
     message:
         "Describe the model of {wildcards.method}"
@@ -537,4 +527,4 @@ rule busi:
     input:
         rules.busi_evaluate.output,
         expand(f"{BUSI}/describe_model/{{method}}/README.md", method=CONFIG.busi.methods),
-        expand(f"{BUSI}/audit_split/{{split}}/leakage_report.json", split=BUSI_AUDITS),
+        expand(f"{BUSI}/audit_split/{{split}}/leakage_report.json", split=BUSI_SPLITS),

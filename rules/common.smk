@@ -137,6 +137,15 @@ def model_folder_files(name):
     return [f"{folder}/config.json", *sorted(map(str, Path(folder).glob("*.safetensors")))]
 
 
+def model_card_options(name):
+    """What a model card says of the model that it was made from."""
+    row = MODELS.get(name)
+    if row is None:
+        return "--base-name 'a model given as a folder' --licence unknown"
+    hub = f" --hub-name {row.source}" if row.kind == "hub" else ""
+    return f"--base-name {shlex.quote(name)}{hub} --licence {shlex.quote(row.licence)}"
+
+
 def drawn(path):
     """An input function: what must be made before a folder or table of the demo can be read; else nothing."""
 

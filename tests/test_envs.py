@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from scripts import envs
 from scripts.common import code_key
@@ -124,11 +125,17 @@ def test_resolved_pins_answer_what_was_asked(path):
         assert version and need.specifier.contains(version), f"{need}: {path.stem}.txt has {version}"
 
 
-def test_hulu_med_gets_the_versions_that_its_code_was_written_for():
-    for family in APART:
-        held = pins(family)
-        assert (held["torch"], held["transformers"], held["accelerate"]) == ("2.4.0", "4.51.2", "1.7.0")
+@pytest.mark.parametrize("family", APART)
+def test_hulu_med_gets_the_transformers_of_its_code_and_a_torch_that_can_resume(family):
+    held = pins(family)
+    assert held["transformers"] == "4.51.2"
+    assert Version(held["torch"]) >= Version("2.6")
+    assert held["accelerate"] == lock()["accelerate"]
+
+
+def test_deepspeed_adds_the_same_packages_to_both():
     assert set(pins("hulumed_deepspeed")) - set(pins("hulumed")) == set(pins("deepspeed")) - set(lock())
+    assert pins("hulumed_deepspeed")["deepspeed"] == pins("deepspeed")["deepspeed"]
 
 
 def test_two_versions_of_a_package_are_refused(tmp_path, monkeypatch):

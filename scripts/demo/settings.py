@@ -7,8 +7,11 @@ from scripts.common.settings import Settings
 from scripts.demo.vase_shapes import SHAPES
 
 # every word that is true of a drawn vase
+TECHNIQUES = ("black-figure", "red-figure")
 VASE_ANSWERS = (
-    *("black-figure", "red-figure", "amphora", "krater", "kylix", "hydria", "oinochoe", "lekythos"),
+    *TECHNIQUES,
+    *SHAPES,
+    *(f"{technique} {shape}" for technique in TECHNIQUES for shape in SHAPES),
     *("Athenian", "Corinthian", "Apulian", "warriors", "dancers", "riders", "athletes"),
     *("meander", "dots", "tongues", "waves", "chevrons", "checkers"),
     *("Key Painter", "Pearl Painter", "Tongue Painter", "Harbour Painter", "Zigzag Painter", "Chessboard Painter"),
@@ -57,15 +60,20 @@ class DemoVlmSettings(Settings):
     layers: int = Field(2, gt=0)
     vision_hidden: int = Field(64, ge=64, multiple_of=64, description="width of the vision encoder")
     vision_depth: int = Field(2, gt=0)
-    image_side: int = Field(98, ge=56, multiple_of=14, description="pictures have about its square in pixels")
+    image_side: int = Field(112, ge=56, multiple_of=14, description="pictures have about its square in pixels")
     pictures: int = Field(4000, gt=0, description="pictures to learn from")
-    coloured: float = Field(0.4, gt=0, lt=1, description="share of coloured forms; the others are grey blobs")
+    coloured: float = Field(0.3, gt=0, lt=1, description="share of coloured forms; the others are grey blobs")
     held_out: int = Field(400, gt=0, description="further pictures, for the metrics only")
-    steps: int = Field(600, gt=0)
-    batch_size: int = Field(32, gt=0)
-    lr: float = Field(2e-3, gt=0, description="AdamW's highest learning rate")
+    steps: int = Field(950, gt=0)
+    batch_size: int = Field(16, gt=0)
+    lr: float = Field(3e-3, gt=0, description="AdamW's highest learning rate")
     warmup: float = Field(0.1, gt=0, lt=1, description="share of steps with a growing learning rate")
-    say: float = Field(0.15, ge=0, lt=1, description="share of questions that only ask to repeat a word")
+    classify: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the loss of linear classifiers on the vision encoder, beside the answers' loss",
+    )
+    say: float = Field(0.2, ge=0, lt=1, description="share of questions that only ask to repeat a word")
     words: tuple[str, ...] = Field(
         VASE_ANSWERS + BUSI_ANSWERS,
         min_length=1,

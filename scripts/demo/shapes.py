@@ -1,8 +1,9 @@
 """Pictures that teach the demo's tiny vision-language model to see, with questions and answers about them.
 
-Two sorts. Coloured: one geometric form with a pattern on it. Grey: at most one dark blob on flat noise, and at
-most one straight bar below it. Neither is a vase or an ultrasound picture, and no pipeline is ever scored on
-them; but what the questions ask for (colours, forms, outlines, what lies below) is what those pictures need too.
+Two sorts. Coloured: one geometric form with a pattern on it. Grey: flat speckled bands across the picture, at most
+one dark blob on them, and at most one straight bar below it. Neither is a vase or an ultrasound picture, and no
+pipeline is ever scored on them; but what the questions ask for (colours, forms, outlines, what lies below) is
+what those pictures need too.
 """
 
 from typing import NamedTuple
