@@ -37,10 +37,8 @@ BUSI_OPTIONS = {
 BUSI_MODELS = ["base", *CONFIG.busi.methods]
 BUSI_BASE = model_folder(CONFIG.busi.base.model)
 BUSI_ENV = {"qwen": "vlm", "hulumed": "hulumed"}[CONFIG.busi.base.family]
-BUSI_TRAIN_ENV = {
-    "vlm": {"none": "vlm", "zero2": "deepspeed"},
-    "hulumed": {"none": "hulumed", "zero2": "hulumed_deepspeed"},
-}[BUSI_ENV][CONFIG.busi.train.deepspeed]
+BUSI_DEEPSPEED_ENV = {"qwen": "deepspeed", "hulumed": "hulumed_deepspeed"}[CONFIG.busi.base.family]
+BUSI_TRAIN_ENV = BUSI_ENV if CONFIG.busi.train.deepspeed == "none" else BUSI_DEEPSPEED_ENV
 BUSI_TRAIN_CODE = (
     "scripts.common.devices",
     "scripts.common.vlm",

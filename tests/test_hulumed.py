@@ -24,6 +24,16 @@ from scripts.retrieve import lock
 from scripts.retrieve.models import Model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _modules(tmp_path_factory):
+    """Remote code is run from copies: here, not in the user's cache."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tiny_hulumed(tmp_path_factory.mktemp("hulumed") / "base")

@@ -64,7 +64,7 @@ class DemoVlmSettings(Settings):
     pictures: int = Field(4000, gt=0, description="pictures to learn from")
     coloured: float = Field(0.3, gt=0, lt=1, description="share of coloured forms; the others are grey blobs")
     held_out: int = Field(400, gt=0, description="further pictures, for the metrics only")
-    steps: int = Field(950, gt=0)
+    steps: int = Field(900, gt=0)
     batch_size: int = Field(16, gt=0)
     lr: float = Field(3e-3, gt=0, description="AdamW's highest learning rate")
     warmup: float = Field(0.1, gt=0, lt=1, description="share of steps with a growing learning rate")
@@ -73,7 +73,7 @@ class DemoVlmSettings(Settings):
         ge=0,
         description="weight of the loss of linear classifiers on the vision encoder, beside the answers' loss",
     )
-    say: float = Field(0.2, ge=0, lt=1, description="share of questions that only ask to repeat a word")
+    say: float = Field(0.5, ge=0, le=1, description="further questions, which only ask to repeat a word, per question")
     words: tuple[str, ...] = Field(
         VASE_ANSWERS + BUSI_ANSWERS,
         min_length=1,

@@ -126,16 +126,14 @@ class Chat:
 def choose_turns(sample: shapes.Sample, words: Sequence[str], share: float, rng: np.random.Generator) -> list[Turn]:
     """A conversation about a picture: its description, or the other questions in any order.
 
-    A description that followed them could be copied from their answers, without a look at the picture. Each
-    question is replaced by one to say a word with probability `share`.
+    A description that followed them could be copied from their answers, without a look at the picture. For each
+    question one more, to say a word, comes in with probability `share`, anywhere.
     """
     questions = shapes.QUESTIONS[sample.sort]
-    kinds = [kind for kind in questions if kind != "describe"]
-    kinds = ["describe"] if rng.random() < 1 / 3 else [kinds[i] for i in rng.permutation(len(kinds))]
-    return [
-        say(words[rng.integers(len(words))]) if rng.random() < share else (questions[kind], sample.answers[kind])
-        for kind in kinds
-    ]
+    kinds = [kind for kind in questions if kind != "describe"] if rng.random() < 2 / 3 else ["describe"]
+    turns = [(questions[kind], sample.answers[kind]) for kind in kinds]
+    turns += [say(words[rng.integers(len(words))]) for _ in range(rng.binomial(len(kinds), share))]
+    return [turns[i] for i in rng.permutation(len(turns))]
 
 
 def make_batch(model, chat: Chat, pool: Pool, rows: Sequence[int], turns: Sequence[Sequence[Turn]]) -> dict:
