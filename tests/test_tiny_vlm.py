@@ -327,10 +327,11 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_minute_of_training_teaches_to_see_and_to_say(tmp_path):
-    folder = train(tmp_path / "vlm", pictures=2000, held_out=200, steps=900, image_side=84)
+def test_the_default_training_teaches_to_see_and_to_say(tmp_path):
+    folder = train(tmp_path / "vlm", **{name: DemoVlmSettings.model_fields[name].default for name in SMALL})
     held_out = json.loads((folder / "metrics.json").read_text())["held_out"]
-    for sort, kind, gain in (("coloured", "colour", 0.2), ("grey", "below", 0.2), ("grey", "extent", 0.1)):
+    for sort, kind in (("coloured", "colour"), ("grey", "below"), ("grey", "extent"), ("grey", "outline")):
         found = held_out[sort][kind]
-        assert found["accuracy"] > found["most_frequent"] + gain, (kind, found)
-    assert held_out["words"]["say"]["accuracy"] > 0.8
+        assert found["accuracy"] > found["most_frequent"] + 0.2, (kind, found)
+    said = held_out["words"]["say"]
+    assert said["accuracy"] > 0.5 > 10 * said["most_frequent"], said

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from vase_fixtures import VIEW, command_line, error_of, files_below, picture, run, shard_table, write
 
+from scripts.common import images as image_files
 from scripts.common.errors import KilnError
 from scripts.common.images import EXTENSIONS
 from scripts.vase import inspect_images, list_images, list_labelled
@@ -254,7 +255,7 @@ def test_a_file_that_may_not_be_read_is_named(images, work, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(inspect_images.images, "inspect", refuse)
+    monkeypatch.setattr(image_files, "inspect", refuse)
     with pytest.raises(KilnError, match=rf"{A}.*: cannot be read \(Permission denied\)"):
         inspect(images, work)
 
