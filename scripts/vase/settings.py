@@ -1,4 +1,4 @@
-"""Settings of pipeline `vase`; the defaults are the published values of VaseVQA-3D's filter stage."""
+"""Settings of pipeline `vase`; the defaults are the published values of VaseVQA-3D's filter stage and train scripts."""
 
 from typing import Literal
 
@@ -145,6 +145,212 @@ class ThresholdSettings(Settings):
         return self
 
 
+DIMENSIONS = ("fabric", "technique", "shape", "dating", "decoration", "attribution")
+CAPTION = "caption"  # the dimension of rows that ask for a whole description
+
+# flags of ms-swift 3 that ms-swift 4 no longer knows, and flags that a key of ours sets
+RENAMED_FLAGS = {
+    "--train_type": "--tuner_type",
+    "--sft_type": "--tuner_type",
+    "--lora_target_modules": "--target_modules",
+}
+
+
+class DatasetSettings(Settings):
+    """Rows for training and scoring, from published JSON files."""
+
+    captions: str | None = Field(
+        None, description="JSON: a list of {images, caption, conversations}; images are file names below vase.images"
+    )
+    questions: str | None = Field(
+        None,
+        description="JSON or JSONL: rows of question, answer, dimension, and images or vase (its best view is shown)",
+    )
+    caption_question: str = Field("Describe the vase.", description="what is asked for a published caption")
+    sft_share: float = Field(1.0, gt=0, le=1, description="share of the train side's vases whose rows SFT sees")
+    seed: int = Field(42, ge=0)
+
+
+class VlmSettings(Settings):
+    """The vision-language model that is fine-tuned."""
+
+    model: str = Field(
+        "qwen2.5-vl-7b-instruct", description="a name in config/models.csv, or a folder that transformers loads"
+    )
+    model_type: str = Field("qwen2_5_vl", description="ms-swift's name of the architecture")
+    template: str = Field("qwen2_5_vl", description="ms-swift's name of the chat template")
+    max_pixels: int = Field(1_003_520, gt=0, description="larger pictures are reduced; 1280 tokens of 28 x 28")
+
+
+class TunerSettings(Settings):
+    """What is trained: a LoRA, or all of the language model."""
+
+    tuner: Literal["lora", "full"] = "lora"
+    rank: int = Field(8, gt=0, description="LoRA rank")
+    alpha: int = Field(32, gt=0, description="LoRA alpha: updates are scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="ms-swift's default; the published scripts do not set it")
+    target_modules: tuple[str, ...] = Field(("all-linear",), min_length=1)
+    freeze_vit: bool = Field(True, description="the vision tower stays as it is")
+    freeze_aligner: bool = Field(True, description="so does the projector; ms-swift's default")
+
+
+class SwiftTrainSettings(Settings):
+    """What SFT and GRPO have in common; a field means what ms-swift's flag of that meaning does."""
+
+    epochs: float = Field(gt=0)
+    max_steps: int | None = Field(None, gt=0, description="optimiser steps, in place of epochs")
+    batch_size: int = Field(1, gt=0, description="rows (GRPO: completions) per process and forward pass")
+    eval_batch_size: int = Field(1, gt=0)
+    accumulation: int = Field(gt=0, description="forward passes per optimiser step")
+    lr: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(ge=0, lt=1, description="share of steps with a growing learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="ms-swift's default")
+    max_length: int = Field(4096, gt=0, description="tokens; longer rows are refused by ms-swift")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 (as published) where the GPU has it, else fp16; fp32 on a CPU"
+    )
+    gradient_checkpointing: bool = Field(description="less memory for a third more time")
+    deepspeed: Literal["none", "zero2", "zero3"] = Field("none", description="needs deepspeed beside ms-swift")
+    eval_steps: int = Field(gt=0, description="optimiser steps between validations")
+    save_steps: int = Field(gt=0, description="optimiser steps between checkpoints; SFT: a multiple of eval_steps")
+    save_total_limit: int = Field(
+        gt=0, description="complete checkpoints that are kept while training, the best beside"
+    )
+    deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
+    seed: int = Field(42, ge=0)
+    extra_args: tuple[str, ...] = Field((), description="more flags for ms-swift 4, such as --neftune_noise_alpha, 5")
+    workers: int = execution(1, ge=0, description="processes that read images")
+    dataset_processes: int = execution(1, gt=0, description="processes that encode rows before training")
+    logging_steps: int = execution(1, gt=0, description="optimiser steps between two lines of the log")
+    budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+
+
+class SftSettings(SwiftTrainSettings):
+    """Supervised fine-tuning."""
+
+    tuner: TunerSettings = TunerSettings()
+    epochs: float = Field(2, gt=0)
+    accumulation: int = Field(16, gt=0, description="forward passes per optimiser step")
+    lr: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of steps with a growing learning rate")
+    gradient_checkpointing: bool = Field(True, description="less memory for a third more time")
+    eval_steps: int = Field(100, gt=0, description="optimiser steps between validations")
+    save_steps: int = Field(100, gt=0, description="optimiser steps between checkpoints; a multiple of eval_steps")
+    save_total_limit: int = Field(5, gt=0, description="complete checkpoints that are kept, the best beside them")
+    workers: int = execution(4, ge=0, description="processes that read images")
+    dataset_processes: int = execution(4, gt=0, description="processes that encode rows before training")
+    logging_steps: int = execution(5, gt=0, description="optimiser steps between two lines of the log")
+
+
+class GrpoSettings(SwiftTrainSettings):
+    """Group relative policy optimisation (Shao et al. 2024, DeepSeekMath)."""
+
+    tuner: TunerSettings = TunerSettings(tuner="full")
+    epochs: float = Field(1, gt=0)
+    accumulation: int = Field(4, gt=0, description="forward passes per optimiser step")
+    lr: float = Field(1e-6, gt=0)
+    warmup: float = Field(0.01, ge=0, lt=1, description="share of steps with a growing learning rate")
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
+    eval_steps: int = Field(1000, gt=0, description="optimiser steps between validations")
+    save_steps: int = Field(300, gt=0, description="optimiser steps between checkpoints")
+    save_total_limit: int = Field(10, gt=0, description="complete checkpoints that are kept, the best beside them")
+    workers: int = execution(1, ge=0, description="processes that read images")
+    logging_steps: int = execution(1, gt=0, description="optimiser steps between two lines of the log")
+    generations: int = Field(4, gt=1, description="completions of a prompt, which form a group")
+    iterations: int = Field(1, gt=0, description="updates per batch of completions")
+    beta: float = Field(0.001, ge=0, description="weight of the KL term; 0 needs no reference model")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1, description="-1: all tokens")
+    max_completion_length: int = Field(256, gt=0, description="tokens")
+    system: str | None = Field(
+        None, description="file with the system prompt; null: the text that the format of vase.reward asks for"
+    )
+    vllm: Literal["none", "colocate"] = Field("none", description="rollouts by vLLM in the training processes")
+
+    @model_validator(mode="after")
+    def _whole_groups(self):
+        if self.batch_size * self.accumulation % self.generations:
+            raise ValueError(
+                f"batch_size x accumulation = {self.batch_size * self.accumulation} must be a multiple of "
+                f"generations = {self.generations}, so that groups are whole"
+            )
+        return self
+
+
+class RewardSettings(Settings):
+    """R = sum of w_i r_i over the dimensions, minus a penalty, plus a bonus, plus a format part.
+
+    The paper publishes this form and neither weights, penalty nor bonus: these are ours.
+    """
+
+    plugin: str | None = Field(
+        None,
+        description="a user's own reward in place of ours: a .py file with an ORM class registered as "
+        "external_vase_acc, or with a function external_vase_acc(responses, references) -> list of floats",
+    )
+    weights: dict[str, float] = Field(
+        dict.fromkeys(DIMENSIONS, 1 / 6),
+        description="w_i; a row that asks for one dimension gives that one all the weight",
+    )
+    penalty: float = Field(0.1, ge=0, description="P: taken off for an answer that names rivals or repeats itself")
+    bonus: float = Field(0.1, ge=0, description="B: added when every dimension that is asked for is right")
+    format_weight: float = Field(0.1, ge=0, description="weight of the format part, a reward of its own beside R")
+    format: Literal["think_answer", "plain"] = Field(
+        "think_answer", description="think_answer: <think>..</think><answer>..</answer>; plain: one line"
+    )
+    max_words: int = Field(64, gt=0, description="an answer of more words has no good format")
+    synonyms: dict[str, str] = Field(
+        {}, description="more synonyms, from a spelling to the canonical one, beside those of the code"
+    )
+    check_prompts: int = Field(16, gt=0, description="prompts that are sampled before training to see rewards vary")
+
+    @model_validator(mode="after")
+    def _known_weights(self):
+        unknown = set(self.weights) - set(DIMENSIONS)
+        if unknown:
+            raise ValueError(
+                f"weights: {', '.join(sorted(unknown))} is no dimension; these are {', '.join(DIMENSIONS)}"
+            )
+        if any(value < 0 for value in self.weights.values()) or sum(self.weights.values()) <= 0:
+            raise ValueError("weights: expected none below 0 and a sum above 0")
+        return self
+
+
+class MergeSettings(Settings):
+    """Merging, and the gate that the merged model must pass."""
+
+    prompts: int = Field(8, gt=0, description="validation rows whose logits are compared")
+
+
+class VqaPredictSettings(Settings):
+    """Answers of base, SFT and GRPO model on the test side."""
+
+    batch_size: int = Field(16, gt=0, description="prompts per forward pass; it enters the last digits")
+    max_new_tokens: int = Field(256, gt=0)
+    samples: int = Field(4, ge=0, description="completions per prompt at temperature 1, for the mean reward")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = Field(0, ge=0, description="of the samples, and of which picture stands in for a row's own")
+    save_minutes: float = execution(5.0, ge=0, description="time between saves of what is answered")
+
+
+class VqaEvaluateSettings(Settings):
+    """Scores of the answers."""
+
+    retrieval_ks: tuple[int, ...] = Field((1, 5, 10), description="cut-offs of image-caption retrieval")
+    seed: int = Field(0, ge=0)
+
+
+class MegatronSettings(Settings):
+    """Export to Megatron-Core's format; it needs GPUs, megatron-core and transformer-engine."""
+
+    export: bool = Field(False, description="export the final model")
+    tensor_parallel: int = Field(1, gt=0)
+    test_precision: bool = Field(True, description="compare logits of both formats")
+
+
 class VaseSettings(Settings):
     """Pipeline `vase`."""
 
@@ -161,3 +367,15 @@ class VaseSettings(Settings):
     clip: ClipSettings = ClipSettings()
     prompts: PromptSettings = PromptSettings()
     threshold: ThresholdSettings = ThresholdSettings()
+    dataset: DatasetSettings = DatasetSettings()
+    vlm: VlmSettings = VlmSettings()
+    sft: SftSettings = SftSettings()
+    reward: RewardSettings = RewardSettings()
+    grpo: GrpoSettings = GrpoSettings()
+    train_resources: Literal["gpu_single", "gpu_node"] = execution(
+        "gpu_single", description="resource class of SFT and GRPO"
+    )
+    merge: MergeSettings = MergeSettings()
+    predict: VqaPredictSettings = VqaPredictSettings()
+    evaluate: VqaEvaluateSettings = VqaEvaluateSettings()
+    megatron: MegatronSettings = MegatronSettings()
