@@ -30,6 +30,7 @@ FAMILIES = {
     "vision": VISION,
     "clip": [*VISION, "open-clip-torch"],
     "vlm": VLM,
+    "swift": [*VLM, "ms-swift", "msgspec", "open-clip-torch", "qwen-vl-utils", "rapidfuzz", "sacrebleu"],
     "deepspeed": VLM,
     "hulumed": [],
     "hulumed_deepspeed": [],

@@ -47,18 +47,6 @@ def read_facts(path: Path, *keys: str) -> dict[str, Any]:
     return found
 
 
-def without_paths(value: Any) -> Any:
-    """Settings with every path of a disk cut down to its last part."""
-    if isinstance(value, Mapping):
-        kept = {key: without_paths(one) for key, one in value.items()}
-        return kept | ({"init_from": Path(value["init_from"]).name} if value.get("init_from") else {})
-    if isinstance(value, list | tuple):
-        return [without_paths(one) for one in value]
-    if isinstance(value, str) and re.match(r"[/~]|\.\.?/", value):
-        return Path(value).name
-    return value
-
-
 def counted(side: Mapping[str, Any]) -> str:
     """ "630 images in 500 duplicate groups (107 Normal, ...)"."""
     classes = ", ".join(f"{count:,} {name}" for name, count in side["per_class"].items())
@@ -149,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     """
     inputs = {name: getattr(args, name) for name in ("adapter_meta", "metrics", "leakage", "parity")}
     record = step.record(args, "scripts.busi.describe_model", None, inputs)
-    if without_paths(args.base_name) != args.base_name:
+    if cards.without_paths(args.base_name) != args.base_name:
         raise KilnError(f"--base-name {args.base_name}: a path", "cards tell nothing of your disk: name it in words")
     trained = read_facts(args.adapter_meta, "settings", "code", "git_commit")
     metrics = read_facts(args.metrics, "models", "data", "classes", "leak")
@@ -189,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
         metrics=scores(metrics, args.method),
         intended_use=INTENDED_USE,
         limits="\n".join(f"- {one}" for one in limits),
-        settings=without_paths(trained["settings"]),
+        settings=cards.without_paths(trained["settings"]),
         code_key=trained["code"],
         git_commit=trained["git_commit"],
         base_model=args.hub_name,

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
 
 from scripts.busi import fine_tuning, lora
 from scripts.busi.chat_examples import ChatExamples
@@ -24,31 +23,9 @@ from scripts.common import artefacts, devices, model_folders, plots, preflight, 
 from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind
-from scripts.common.trainer_checkpoints import WholeCheckpoints, newest_complete, step_of
+from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
+from scripts.common.trainer_log import Log, history
 from scripts.common.training_state import OutOfTime, fingerprint
-
-
-class Log(TrainerCallback):
-    """Curves for the tracker, periodic lines for the log, and a stop when the loss is no number."""
-
-    def __init__(self, writer: trackers.Tracker, every: int):
-        self.writer, self.every = writer, every
-
-    def on_log(self, args, state, control, logs, **_):
-        for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
-            if name in logs:
-                self.writer.scalar(name, logs[name], state.global_step)
-        loss = logs.get("loss", logs.get("eval_loss"))
-        if loss is None or not state.is_world_process_zero:
-            return
-        if "eval_loss" in logs:
-            step.log.info("epoch %.2f: validation loss %.4f", state.epoch, loss)
-        elif state.global_step % self.every == 0:
-            step.log.info(
-                "step %d/%d: loss %.4f, lr %.3g", state.global_step, state.max_steps, loss, logs["learning_rate"]
-            )
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise KilnError(f"loss is {loss} at step {state.global_step}", "lower busi.train.lr, or set precision bf16")
 
 
 def load_base(values: TrainLoraSettings, family: vlm.Family, folder: Path, dtype: torch.dtype, quantised: bool, device):
@@ -103,15 +80,14 @@ def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):
     if isinstance(first, KilnError):
         raise first
     check_room(model, values, first, dtype, arguments.device, folder)
-    resumed = newest_complete(folder) if arguments.process_index == 0 else None
-    resumed = _from_rank_0(resumed)
+    resumed = from_rank_0(newest_complete(folder) if arguments.process_index == 0 else None)
     kind = settings.tracker if arguments.process_index == 0 else "none"
     keeper = WholeCheckpoints(settings.save_total_limit, settings.save_minutes, settings.budget_minutes)
     writer = trackers.tracker(args.tracker_folder, kind, step_of(resumed) + 1 if resumed else 0)
     with contextlib.closing(writer):
         trainer = fine_tuning.make_trainer(
             model, family, processor, arguments, data["train"], data["validation"],
-            [keeper, Log(writer, settings.log_steps)],
+            [keeper, Log(writer, settings.log_steps, "lower busi.train.lr, or set precision bf16")],
         )  # fmt: skip
         if resumed:
             step.log.info("resumed from %s", resumed)
@@ -122,28 +98,6 @@ def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):
             "run the same command again: it carries on from there",
         )
     return trainer, processor
-
-
-def _from_rank_0(value):
-    if torch.distributed.is_initialized():
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-    return value
-
-
-def history(trainer) -> dict[str, list[dict]]:
-    """Training and validation curves, without what depends on the clock."""
-    kept = {
-        "train": ("step", "epoch", "loss", "learning_rate", "grad_norm"),
-        "validation": ("step", "epoch", "eval_loss"),
-    }
-    found = {"train": [], "validation": []}
-    for row in trainer.state.log_history:
-        side = "train" if "loss" in row else "validation" if "eval_loss" in row else None
-        if side:
-            found[side].append({name: row[name] for name in kept[side] if name in row})
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -190,7 +144,7 @@ def write(args, values: TrainLoraSettings, trainer, processor, record) -> None:
     """Write all outputs; the model's listing last but for the record."""
     folder = args.output_folder
     folder.mkdir(parents=True, exist_ok=True)
-    curves = history(trainer)
+    curves = history(trainer.state.log_history)
     lines = {
         "train": ([row["step"] for row in curves["train"]], [row["loss"] for row in curves["train"]]),
         "validation": (

@@ -145,6 +145,18 @@ def write_card(
         _check_reads_back(temporary, card_data, path)
 
 
+def without_paths(value: Any) -> Any:
+    """Settings with every path of a disk cut down to its last part."""
+    if isinstance(value, Mapping):
+        kept = {key: without_paths(one) for key, one in value.items()}
+        return kept | ({"init_from": Path(value["init_from"]).name} if value.get("init_from") else {})
+    if isinstance(value, list | tuple):
+        return [without_paths(one) for one in value]
+    if isinstance(value, str) and re.match(r"[/~]|\.\.?/", value):
+        return Path(value).name
+    return value
+
+
 def _check_hub_name(repo: str, path: Path) -> None:
     try:
         validate_repo_id(repo)

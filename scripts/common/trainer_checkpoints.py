@@ -54,12 +54,15 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def complete(checkpoint: Path, keep: int) -> None:
-    """Mark a finished checkpoint, then remove all but the newest `keep` whole ones, and what kills left."""
+def complete(checkpoint: Path, keep: int, best: int | None = None) -> None:
+    """Mark a finished checkpoint, then remove all but the newest `keep` whole ones, and what kills left.
+
+    The checkpoint of step `best` stays beside them.
+    """
     sync_folder(checkpoint)
     (checkpoint / MARK).touch()
     sync_folder(checkpoint)
-    whole = [p for p in checkpoints(checkpoint.parent) if (p / MARK).is_file()]
+    whole = [p for p in checkpoints(checkpoint.parent) if (p / MARK).is_file() and step_of(p) != best]
     for old in [*whole[:-keep], *checkpoint.parent.glob("incomplete-checkpoint-*")]:
         shutil.rmtree(old)
 
@@ -67,16 +70,17 @@ def complete(checkpoint: Path, keep: int) -> None:
 class WholeCheckpoints(TrainerCallback):
     """Saves by the clock, marks what is whole, and stops when the time budget is used up.
 
-    Give the Trainer `save_strategy="no"` or its own strategy, and no `save_total_limit`: rotation is done here.
+    Give the Trainer `save_strategy="no"` or its own strategy, and no `save_total_limit`: rotation is done here, and
+    spares the checkpoint that the Trainer knows as the best.
 
     Args:
         keep: whole checkpoints that stay.
-        save_minutes: time between saves.
+        save_minutes: time between saves; None leaves them to the Trainer's strategy.
         budget_minutes: after this time training saves and stops, with `out_of_time` set.
     """
 
-    def __init__(self, keep: int, save_minutes: float, budget_minutes: float | None):
-        self.keep, self.save_seconds = keep, save_minutes * 60
+    def __init__(self, keep: int, save_minutes: float | None, budget_minutes: float | None):
+        self.keep, self.save_seconds = keep, float("inf") if save_minutes is None else save_minutes * 60
         self.deadline = None if budget_minutes is None else time.monotonic() + budget_minutes * 60
         self.last_save = time.monotonic()
         self.out_of_time = False
@@ -93,7 +97,8 @@ class WholeCheckpoints(TrainerCallback):
             return control  # saved; what the Trainer still does before it ends is not to be resumed from
         now = time.monotonic()
         late = self.deadline is not None and now > self.deadline
-        late, due = _agree([late, late or now - self.last_save >= self.save_seconds])
+        # rank 0's clock decides for all, so that no process saves or stops alone
+        late, due = from_rank_0((late, late or now - self.last_save >= self.save_seconds))
         if due and state.global_step < state.max_steps:
             control.should_save = True
             self.out_of_time = late
@@ -103,7 +108,7 @@ class WholeCheckpoints(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank has written its generators
         if state.is_world_process_zero:
-            complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), self.keep)
+            complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), self.keep, state.best_global_step)
         self.last_save = time.monotonic()
         if self.out_of_time:
             # not before the save: the Trainer would store it, and a resumed run would stop at once
@@ -111,8 +116,10 @@ class WholeCheckpoints(TrainerCallback):
         return control
 
 
-def _agree(mine: list[bool]) -> list[bool]:
-    """Rank 0's clock decides for all, so that no process saves or stops alone."""
+def from_rank_0(value):
+    """What rank 0 gave, on every rank of a running group of processes; else `value` itself."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(mine, src=0)
-    return mine
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+    return value
