@@ -11,11 +11,13 @@ from PIL import Image
 from scripts.common.errors import KilnError
 from scripts.demo import draw_vases
 from scripts.demo.captions import caption
-from scripts.demo.settings import DrawSettings
+from scripts.demo.settings import VASE_ANSWERS, DrawSettings
 from scripts.demo.vase_flaws import FLAWS
+from scripts.demo.vase_questions import DESCRIBE, QUESTIONS
 from scripts.demo.vase_shapes import SHAPES
 from scripts.demo.vases import SIDES, Vase
-from scripts.vase.settings import PromptSettings
+from scripts.vase.published_rows import read_captions, read_questions
+from scripts.vase.settings import CAPTION, DIMENSIONS, DatasetSettings, PromptSettings
 
 NAME = re.compile(r"^([A-F0-9-]+)_(\d+)_ac001001\.jpg$")
 SMALL = {"vases": 4, "labelled_vases": 3, "shared_vases": 2, "clip_vases": 3, "image_size": 64, "seed": 3}
@@ -94,6 +96,38 @@ def test_captions_name_every_clip_picture(drawn):
     table = pd.read_csv(drawn / "clip" / "captions.tsv", sep="\t")
     assert set(table["path"]) == {p.name for p in drawn.glob("clip/*.jpg")}
     assert (table.groupby("path").size() == draw_vases.CAPTIONS).all()
+
+
+def test_questions_are_asked_where_their_answers_can_be_seen(drawn):
+    truth = pd.read_parquet(drawn / "truth.parquet").set_index("path")
+    rows = read_questions(drawn / "published/questions.json")
+    asked = {(row.images[0], row.dimension) for row in rows}
+    assert len(asked) == len(rows) == SMALL["vases"] * (6 * 4 + 2)
+    front = {path for path, dimension in asked if dimension in ("decoration", "attribution")}
+    assert front == set(truth.index[truth["side"] == "front"])
+    assert tuple(QUESTIONS) == DIMENSIONS
+    for row in rows:
+        one = truth.loc[row.images[0]]
+        expected = f"{one['date_from']} to {one['date_to']}" if row.dimension == "dating" else one[row.dimension]
+        assert row.turns == (("user", f"<image>{QUESTIONS[row.dimension]}"), ("assistant", expected))
+        assert row.answer in VASE_ANSWERS
+
+
+def test_published_captions_tell_what_each_vase_is(drawn):
+    truth = pd.read_parquet(drawn / "truth.parquet").set_index("path")
+    published = json.loads((drawn / "published/captions.json").read_text())
+    talks = [row for row in published if "conversations" in row]
+    assert len(talks) == len(published) / 2
+    rows = read_captions(drawn / "published/captions.json", DatasetSettings().caption_question)
+    assert sorted(row.images[0] for row in rows) == list(truth.index)
+    assert {row.dimension for row in rows} == {CAPTION}
+    for row, made in zip(rows, published, strict=True):
+        one = truth.loc[row.images[0]]
+        kind, dating, decoration, attribution = row.answer.split(", ")
+        assert kind == f"{one['fabric']} {one['technique']} {one['shape']}"
+        assert dating == f"{one['date_from']} to {one['date_to']}"
+        assert (decoration, attribution) == (one["decoration"], one["attribution"])
+        assert row.answer == made["caption"] and row.turns[0] == ("user", f"<image>{DESCRIBE}")
 
 
 def test_captions_are_not_the_prompts():

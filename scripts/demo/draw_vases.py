@@ -2,7 +2,8 @@
 
 Rule `demo_draw_vases`. Writes `images/` (names as in VaseVQA-3D: <VASE>_<view>_ac001001.jpg),
 `labelled/0` and `labelled/1` (low and high quality), `clip/` with `captions.tsv`, `truth.parquet`
-(what each raw photograph is), `vases.parquet` (what each raw vase is) and `files.json`. Equal
+(what each raw photograph is), `vases.parquet` (what each raw vase is), `published/captions.json` and
+`published/questions.json` (about raw photographs, as others publish them) and `files.json`. Equal
 settings give equal bytes.
 """
 
@@ -21,6 +22,7 @@ from scripts.common import artefacts, progress, step, tables
 from scripts.common.errors import KilnError
 from scripts.demo.captions import caption
 from scripts.demo.settings import DrawSettings
+from scripts.demo.vase_questions import published_captions, published_questions
 from scripts.demo.vases import SIDES, Vase, choose_flaw
 
 CAPTIONS = 4  # wordings per picture
@@ -93,12 +95,14 @@ def write_demo(folder: Path, values: DrawSettings, processes: int) -> int:
     (folder / "clip" / "captions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tables.write_table(folder / "truth.parquet", pd.DataFrame(truth), ["path"])
     tables.write_table(folder / "vases.parquet", pd.DataFrame(vases), ["vase"])
+    artefacts.write_json(folder / "published/captions.json", published_captions(truth))
+    artefacts.write_json(folder / "published/questions.json", published_questions(truth))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     listing = {
         str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": artefacts.sha256_file(p)} for p in files
     }
     (folder / "files.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-    return len(files) - 3
+    return sum(path.suffix == ".jpg" for path in files)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.output_folder
     with artefacts.atomic_folder(folder) as temporary:
         count = write_demo(temporary, values, step.threads(args))
-    outputs = [folder / name for name in ("files.json", "truth.parquet", "vases.parquet", "clip/captions.tsv")]
+    names = ("files.json", "truth.parquet", "vases.parquet", "clip/captions.tsv")
+    names += ("published/captions.json", "published/questions.json")
+    outputs = [folder / name for name in names]
     record.write(args.meta, outputs, items=count)
 
 

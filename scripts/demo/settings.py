@@ -4,6 +4,7 @@ from pydantic import Field
 
 from scripts.busi.settings import PROMPT, ListSettings
 from scripts.common.settings import Settings
+from scripts.demo.vase_questions import DESCRIBE, QUESTIONS
 from scripts.demo.vase_shapes import SHAPES
 
 # every word that is true of a drawn vase
@@ -15,7 +16,8 @@ VASE_ANSWERS = (
     *("Athenian", "Corinthian", "Apulian", "warriors", "dancers", "riders", "athletes"),
     *("meander", "dots", "tongues", "waves", "chevrons", "checkers"),
     *("Key Painter", "Pearl Painter", "Tongue Painter", "Harbour Painter", "Zigzag Painter", "Chessboard Painter"),
-    *("unattributed", "-575 to -550", "-525 to -500", "-500 to -475"),
+    "unattributed",
+    *(f"{year} to {year + 25}" for year in range(-575, -425, 25)),
 )
 BUSI_ANSWERS = ListSettings().classes
 
@@ -80,7 +82,8 @@ class DemoVlmSettings(Settings):
         description="what the pipelines' answers are made of; to be repeated, since a LoRA cannot learn new embeddings",
     )
     texts: tuple[str, ...] = Field(
-        (PROMPT,), description="prompts of the pipelines; with words and questions, what tokens are made of"
+        (PROMPT, *QUESTIONS.values(), DESCRIBE),
+        description="prompts of the pipelines; with words and questions, what tokens are made of",
     )
 
 

@@ -148,11 +148,16 @@ class ThresholdSettings(Settings):
 DIMENSIONS = ("fabric", "technique", "shape", "dating", "decoration", "attribution")
 CAPTION = "caption"  # the dimension of rows that ask for a whole description
 
-# flags of ms-swift 3 that ms-swift 4 no longer knows, and flags that a key of ours sets
+# what ms-swift 2 and 3 called by other names, or no longer know
 RENAMED_FLAGS = {
     "--train_type": "--tuner_type",
     "--sft_type": "--tuner_type",
     "--lora_target_modules": "--target_modules",
+    "--lora_dropout_p": "--lora_dropout",
+    "--dataset_test_ratio": "--split_dataset_ratio",
+    "--model_id_or_path": "--model",
+    "--num_infer_workers": "--use_vllm with --vllm_mode",
+    "--vllm_device": "--vllm_mode",
 }
 
 
@@ -226,6 +231,14 @@ class SwiftTrainSettings(Settings):
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
+    @model_validator(mode="after")
+    def _flags_that_ms_swift_knows(self):
+        for flag in self.extra_args:
+            name = flag.partition("=")[0]
+            if name in RENAMED_FLAGS:
+                raise ValueError(f"extra_args: ms-swift 4 does not know {name}; its name is {RENAMED_FLAGS[name]}")
+        return self
+
 
 class SftSettings(SwiftTrainSettings):
     """Supervised fine-tuning."""
@@ -242,6 +255,15 @@ class SftSettings(SwiftTrainSettings):
     workers: int = execution(4, ge=0, description="processes that read images")
     dataset_processes: int = execution(4, gt=0, description="processes that encode rows before training")
     logging_steps: int = execution(5, gt=0, description="optimiser steps between two lines of the log")
+
+    @model_validator(mode="after")
+    def _checkpoints_are_validated(self):
+        if self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps}: the best checkpoint "
+                "is chosen by its validation loss"
+            )
+        return self
 
 
 class GrpoSettings(SwiftTrainSettings):

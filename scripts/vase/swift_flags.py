@@ -1,6 +1,7 @@
 """From settings to the flags and the environment of `swift sft`, `swift rlhf` and `swift export` (ms-swift 4)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def image_tokens(folder: Path, vlm: VlmSettings) -> dict[str, str]:
     area = (found.get("patch_size", 14) * found.get("merge_size", 2)) ** 2
     most = min(most, vlm.max_pixels)
     return {"IMAGE_MIN_TOKEN_NUM": str(max(1, min(least, most) // area)), "IMAGE_MAX_TOKEN_NUM": str(most // area)}
+
+
+def with_extra(flags: Mapping[str, Any], extra: Sequence[str], section: str) -> list[str]:
+    """The command line of `flags` and a user's further arguments.
+
+    Raises:
+        KilnError: the user gives a flag that is set already.
+    """
+    doubled = [one for one in extra if one.startswith("--") and one.removeprefix("--").partition("=")[0] in flags]
+    if doubled:
+        raise KilnError(
+            f"{section}.extra_args holds {doubled[0]}, which is set already",
+            f"use the key of section {section}, vase.vlm or vase.reward that sets it (config/default.yaml)",
+        )
+    return [*as_arguments(flags), *extra]
 
 
 def tuner_flags(values: TunerSettings) -> dict[str, Any]:
@@ -136,6 +152,8 @@ def reward_flags(values: GrpoSettings, reward: RewardSettings, system: Path | No
         "reward_funcs": REWARDS,
         "reward_weights": (1.0, reward.format_weight),
         "num_generations": values.generations,
+        # a batch of validation holds whole groups too; the published size of 1 was never used, for want of rows
+        "per_device_eval_batch_size": math.ceil(values.eval_batch_size / values.generations) * values.generations,
         "num_iterations": values.iterations,
         "beta": values.beta,
         "temperature": values.temperature,

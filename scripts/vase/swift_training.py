@@ -24,7 +24,7 @@ from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, ne
 from scripts.common.trainer_log import history
 from scripts.common.training_state import OutOfTime
 from scripts.vase.settings import SwiftTrainSettings, VlmSettings
-from scripts.vase.swift_flags import as_arguments, image_tokens
+from scripts.vase.swift_flags import image_tokens, with_extra
 
 # what ms-swift and the Trainer put into a checkpoint beside the model
 _NOT_MODEL = (
@@ -138,7 +138,8 @@ def run(
     swift_hooks.set_up_logging()
     swift_template.take_image_tokens_from_tokenizer()
     swift_hooks.register_callbacks(keeper, writer, values.logging_steps, f"lower {section}.lr, or set precision bf16")
-    arguments = as_arguments(flags_for(resumed) | {"disable_tqdm": not sys.stderr.isatty()}) + list(values.extra_args)
+    flags = flags_for(resumed) | {"disable_tqdm": not sys.stderr.isatty()}
+    arguments = with_extra(flags, values.extra_args, section)
     if rank() == 0:
         step.log.info("ms-swift: %s", " ".join(arguments))
     with contextlib.closing(writer), explained(section):
