@@ -15,6 +15,7 @@ include: "rules/common.smk"
 include: "rules/retrieve.smk"
 include: "rules/demo.smk"
 include: "rules/vase.smk"
+include: "rules/vase_vlm.smk"
 include: "rules/busi.smk"
 include: "rules/report.smk"
 
@@ -23,6 +24,7 @@ localrules:
     all,
     report,
     busi,
+    vase,
     vase_images,
     vase_quality,
 

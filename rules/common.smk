@@ -25,7 +25,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
 from scripts.common import settings as kiln_settings
-from scripts.common.artefacts import write_text
+from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
 from scripts.common.errors import KilnError
 from scripts.common.images import EXTENSIONS
@@ -144,6 +144,11 @@ def model_card_options(name):
         return "--base-name 'a model given as a folder' --licence unknown"
     hub = f" --hub-name {row.source}" if row.kind == "hub" else ""
     return f"--base-name {shlex.quote(name)}{hub} --licence {shlex.quote(row.licence)}"
+
+
+def file_digest(path):
+    """sha256 of a small file of the user's that a step reads by its path, or None: its content is a numeric too."""
+    return sha256_file(Path(path)) if path and Path(path).is_file() else None
 
 
 def drawn(path):

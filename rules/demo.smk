@@ -4,7 +4,7 @@ The embedded data: what `config/demo.yaml` runs every pipeline on.
 REQUIRED INPUTS: none.
 
 OUTPUTS:
-    {results}/demo/draw_vases/   images/, labelled/, clip/, truth.parquet, vases.parquet
+    {results}/demo/draw_vases/   images/, labelled/, clip/, published/, truth.parquet, vases.parquet
     {results}/demo/train_clip/   a small CLIP that open_clip loads as local-dir:
     {results}/demo/draw_ultrasound/   images/ in class folders with masks, published/, planted.parquet
     {results}/demo/train_vlm/         a small Qwen2.5-VL, trained on coloured shapes

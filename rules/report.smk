@@ -15,7 +15,7 @@ rule report_summarise:
     input:
         vase=VASE_METRICS,
         busi=rules.busi_evaluate.output.metrics,
-        targets=[rules.vase_images.input, rules.busi.input],
+        targets=[VASE_TARGETS, rules.busi.input],
     output:
         summary=f"{RESULTS}/summary.json",
         meta=f"{RESULTS}/summary.meta.json",

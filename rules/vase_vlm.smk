@@ -1,0 +1,569 @@
+"""
+Pipeline vase, second half: questions about the vases to a reinforced vision-language model and its scores.
+
+REQUIRED INPUTS (config section `vase`, beside those of the first half):
+    dataset.captions    published captions and conversations (JSON), or
+    dataset.questions   questions and answers (JSON, JSONL)
+    vlm.model           the model to start from
+
+OUTPUTS (below {results}/vase/):
+    build_dataset/      sft_*.jsonl, grpo_*.jsonl, test.jsonl, dropped.tsv, summary.json
+    estimate_memory/    memory.json: what the trainings will need of a GPU
+    train_sft/          best/, last/ (adapters, or models), metrics.json, loss.png
+    merge_sft/          model/, parity.json; only for an adapter
+    check_reward/       reward_check.json: that rewards of a group vary before GRPO starts
+    train_grpo/         last/, completions.jsonl, metrics.json, reward.png
+    merge_grpo/         model/, parity.json; only for an adapter
+    predict/            predictions.parquet: answers of base, SFT and GRPO model
+    evaluate/           metrics.json, scores.png
+    export_megatron/    mcore/, where `megatron.export` is set
+    describe_model/     README.md (the card), model/ (links to the final weights, the card beside them)
+
+STEPS: build the dataset, estimate memory, SFT, merge, check the reward, GRPO, merge, predict, evaluate, describe.
+"""
+
+VASE_BASE = model_folder(CONFIG.vase.vlm.model)
+VASE_BASE_FILES = model_folder_files(CONFIG.vase.vlm.model)
+VASE_GPUS = GPUS[CONFIG.vase.train_resources]
+VASE_THINKS = CONFIG.vase.reward.format == "think_answer"
+VASE_SYSTEM = CONFIG.vase.grpo.system or (f"{ROOT}/config/prompts/think_answer.txt" if VASE_THINKS else None)
+VASE_CLIP = model_folder(CONFIG.vase.clip.model)
+VASE_CLIP_FILES = model_files(CONFIG.vase.clip.model, "open_clip_config.json", "open_clip_model.safetensors")
+VASE_SYSTEM_OPTION = f"--system {shlex.quote(VASE_SYSTEM)}" if VASE_SYSTEM else ""
+VASE_SFT_MODEL = f"{VASE}/merge_sft/model" if CONFIG.vase.sft.tuner.tuner == "lora" else f"{VASE}/train_sft/best"
+VASE_GRPO_MODEL = f"{VASE}/merge_grpo/model" if CONFIG.vase.grpo.tuner.tuner == "lora" else f"{VASE}/train_grpo/last"
+VASE_SFT_CODE = ("scripts.common.devices", "scripts.vase.swift_flags", "scripts.vase.swift_template")
+VASE_GRPO_CODE = (*VASE_SFT_CODE, "scripts.vase.reward_plugin")
+
+
+rule vase_build_dataset:
+    input:
+        manifest=rules.vase_list_images.output.manifest,
+        accepted=rules.vase_accept_images.output.table,
+        best_views=rules.vase_select_views.output.table,
+        splits=rules.vase_split.output.splits,
+        captions=optional_table(CONFIG.vase.dataset.captions),
+        questions=optional_table(CONFIG.vase.dataset.questions),
+    output:
+        sft_train=f"{VASE}/build_dataset/sft_train.jsonl",
+        sft_validation=f"{VASE}/build_dataset/sft_validation.jsonl",
+        grpo_train=f"{VASE}/build_dataset/grpo_train.jsonl",
+        grpo_validation=f"{VASE}/build_dataset/grpo_validation.jsonl",
+        test=f"{VASE}/build_dataset/test.jsonl",
+        dropped=f"{VASE}/build_dataset/dropped.tsv",
+        summary=f"{VASE}/build_dataset/summary.json",
+        meta=f"{VASE}/build_dataset/meta.json",
+    log:
+        f"{LOGS}/vase/build_dataset.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/build_dataset.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        sources=outside(
+            " ".join(
+                f"--{name} {shlex.quote(path)}"
+                for name, path in (
+                    ("captions", CONFIG.vase.dataset.captions),
+                    ("questions", CONFIG.vase.dataset.questions),
+                )
+                if path
+            )
+        ),
+        settings=numerics("vase.dataset"),
+        code=code_key("scripts.vase.build_dataset"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Build rows for SFT, GRPO and scoring"
+    shell:
+        "{params.step} scripts.vase.build_dataset"
+        " --images {params.images:q}"
+        " --manifest {input.manifest:q}"
+        " --accepted {input.accepted:q}"
+        " --best-views {input.best_views:q}"
+        " --splits {input.splits:q}"
+        " {params.sources}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_estimate_memory:
+    input:
+        VASE_BASE_FILES,
+    output:
+        memory=f"{VASE}/estimate_memory/memory.json",
+        meta=f"{VASE}/estimate_memory/meta.json",
+    log:
+        f"{LOGS}/vase/estimate_memory.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/estimate_memory.tsv"
+    conda:
+        "../envs/vlm.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        model=outside(VASE_BASE),
+        gpus=VASE_GPUS,
+        settings=numerics(vlm="vase.vlm", sft="vase.sft", grpo="vase.grpo"),
+        code=code_key("scripts.vase.estimate_memory"),
+    message:
+        "Estimate the memory that SFT and GRPO need of each GPU"
+    shell:
+        "{params.step} scripts.vase.estimate_memory"
+        " --model {params.model:q}"
+        " --gpus {params.gpus}"
+        " --output {output.memory:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_train_sft:
+    input:
+        train=rules.vase_build_dataset.output.sft_train,
+        validation=rules.vase_build_dataset.output.sft_validation,
+        memory=ancient(rules.vase_estimate_memory.output.memory),
+        model=VASE_BASE_FILES,
+    output:
+        best=f"{VASE}/train_sft/best/files.json",
+        last=f"{VASE}/train_sft/last/files.json",
+        metrics=f"{VASE}/train_sft/metrics.json",
+        loss=report(
+            f"{VASE}/train_sft/loss.png",
+            caption="captions/vase_sft_loss.rst",
+            category="vase",
+            labels={"step": "train_sft", "picture": "loss"},
+        ),
+        meta=f"{VASE}/train_sft/meta.json",
+    log:
+        f"{LOGS}/vase/train_sft.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/train_sft.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads(CONFIG.vase.train_resources)
+    resources:
+        **class_resources(CONFIG.vase.train_resources),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        model=outside(VASE_BASE),
+        execution=outside(execution(sft="vase.sft")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.vase.train_resources)),
+        state=outside(f"{STATE}/vase/train_sft"),
+        tracker=outside(f"{LOGS}/vase/train_sft"),
+        settings=numerics(vlm="vase.vlm", sft="vase.sft"),
+        code=code_key(*VASE_SFT_CODE),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Fine-tune the vision-language model (SFT)"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.train_sft"
+        " --model {params.model:q}"
+        " --images {params.images:q}"
+        " --train {input.train:q}"
+        " --validation {input.validation:q}"
+        " --state-folder {params.state:q}"
+        " --tracker-folder {params.tracker:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_merge_sft:
+    input:
+        adapter=rules.vase_train_sft.output.best,
+        prompts=rules.vase_build_dataset.output.sft_validation,
+        model=VASE_BASE_FILES,
+    output:
+        model=f"{VASE}/merge_sft/model/files.json",
+        parity=f"{VASE}/merge_sft/parity.json",
+        meta=f"{VASE}/merge_sft/meta.json",
+    log:
+        f"{LOGS}/vase/merge_sft.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/merge_sft.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        base=outside(VASE_BASE),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        settings=numerics(vlm="vase.vlm", merge="vase.merge"),
+        code=code_key("scripts.vase.merge"),
+        adapter=subpath(input.adapter, parent=True),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Merge the adapter of SFT and check that nothing changed"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.merge"
+        " --base {params.base:q}"
+        " --adapter {params.adapter:q}"
+        " --images {params.images:q}"
+        " --prompts {input.prompts:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_check_reward:
+    input:
+        rows=rules.vase_build_dataset.output.grpo_train,
+        model=f"{VASE_SFT_MODEL}/files.json",
+    output:
+        check=f"{VASE}/check_reward/reward_check.json",
+        meta=f"{VASE}/check_reward/meta.json",
+    log:
+        f"{LOGS}/vase/check_reward.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/check_reward.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        model=outside(VASE_SFT_MODEL),
+        system=outside(VASE_SYSTEM_OPTION),
+        texts=[file_digest(VASE_SYSTEM), file_digest(CONFIG.vase.reward.plugin)],
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
+        code=code_key("scripts.vase.check_reward"),
+    message:
+        "Check that rewards vary within groups of samples"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.check_reward"
+        " --model {params.model:q}"
+        " --images {params.images:q}"
+        " --rows {input.rows:q}"
+        " {params.system}"
+        " --output {output.check:q}"
+        " --settings {params.settings:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_train_grpo:
+    input:
+        train=rules.vase_build_dataset.output.grpo_train,
+        validation=rules.vase_build_dataset.output.grpo_validation,
+        check=ancient(rules.vase_check_reward.output.check),
+        memory=ancient(rules.vase_estimate_memory.output.memory),
+        model=f"{VASE_SFT_MODEL}/files.json",
+    output:
+        last=f"{VASE}/train_grpo/last/files.json",
+        completions=f"{VASE}/train_grpo/completions.jsonl",
+        metrics=f"{VASE}/train_grpo/metrics.json",
+        reward=report(
+            f"{VASE}/train_grpo/reward.png",
+            caption="captions/vase_grpo_reward.rst",
+            category="vase",
+            labels={"step": "train_grpo", "picture": "reward"},
+        ),
+        meta=f"{VASE}/train_grpo/meta.json",
+    log:
+        f"{LOGS}/vase/train_grpo.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/train_grpo.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads(CONFIG.vase.train_resources)
+    resources:
+        **class_resources(CONFIG.vase.train_resources),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        model=outside(VASE_SFT_MODEL),
+        system=outside(VASE_SYSTEM_OPTION),
+        texts=[file_digest(VASE_SYSTEM), file_digest(CONFIG.vase.reward.plugin)],
+        execution=outside(execution(grpo="vase.grpo")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.vase.train_resources)),
+        state=outside(f"{STATE}/vase/train_grpo"),
+        tracker=outside(f"{LOGS}/vase/train_grpo"),
+        settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
+        code=code_key(*VASE_GRPO_CODE),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Reinforce the fine-tuned model (GRPO)"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.train_grpo"
+        " --model {params.model:q}"
+        " --images {params.images:q}"
+        " --train {input.train:q}"
+        " --validation {input.validation:q}"
+        " {params.system}"
+        " --state-folder {params.state:q}"
+        " --tracker-folder {params.tracker:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+use rule vase_merge_sft as vase_merge_grpo with:
+    input:
+        adapter=rules.vase_train_grpo.output.last,
+        prompts=rules.vase_build_dataset.output.sft_validation,
+        model=f"{VASE_SFT_MODEL}/files.json",
+    output:
+        model=f"{VASE}/merge_grpo/model/files.json",
+        parity=f"{VASE}/merge_grpo/parity.json",
+        meta=f"{VASE}/merge_grpo/meta.json",
+    log:
+        f"{LOGS}/vase/merge_grpo.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/merge_grpo.tsv"
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        base=outside(VASE_SFT_MODEL),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        settings=numerics(vlm="vase.vlm", merge="vase.merge"),
+        code=code_key("scripts.vase.merge"),
+        adapter=subpath(input.adapter, parent=True),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Merge the adapter of GRPO and check that nothing changed"
+
+
+rule vase_predict:
+    input:
+        rows=rules.vase_build_dataset.output.test,
+        base=VASE_BASE_FILES,
+        sft=f"{VASE_SFT_MODEL}/files.json",
+        grpo=f"{VASE_GRPO_MODEL}/files.json",
+    output:
+        predictions=f"{VASE}/predict/predictions.parquet",
+        meta=f"{VASE}/predict/meta.json",
+    log:
+        f"{LOGS}/vase/predict.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/predict.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        base=outside(VASE_BASE),
+        sft=outside(VASE_SFT_MODEL),
+        grpo=outside(VASE_GRPO_MODEL),
+        system=outside(f"--system grpo={shlex.quote(VASE_SYSTEM)}" if VASE_SYSTEM else ""),
+        texts=[file_digest(VASE_SYSTEM)],
+        execution=outside(execution(predict="vase.predict")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        state=outside(f"{STATE}/vase/predict"),
+        settings=numerics(vlm="vase.vlm", predict="vase.predict"),
+        code=code_key("scripts.vase.predict"),
+    message:
+        "Answer the test side's questions with base, SFT and GRPO model"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.predict"
+        " --model base={params.base:q}"
+        " --model sft={params.sft:q}"
+        " --model grpo={params.grpo:q}"
+        " {params.system}"
+        " --images {params.images:q}"
+        " --rows {input.rows:q}"
+        " --output {output.predictions:q}"
+        " --state-folder {params.state:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_evaluate:
+    input:
+        predictions=rules.vase_predict.output.predictions,
+        rows=rules.vase_build_dataset.output.test,
+        train=rules.vase_build_dataset.output.sft_train,
+        clip=VASE_CLIP_FILES,
+    output:
+        metrics=f"{VASE}/evaluate/metrics.json",
+        scores=report(
+            f"{VASE}/evaluate/scores.png",
+            caption="captions/vase_vqa_scores.rst",
+            category="vase",
+            labels={"step": "evaluate", "picture": "answers"},
+        ),
+        meta=f"{VASE}/evaluate/meta.json",
+    log:
+        f"{LOGS}/vase/evaluate.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/evaluate.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.vase.images),
+        clip=outside(VASE_CLIP),
+        execution=outside(execution(clip="vase.clip")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        texts=[file_digest(CONFIG.vase.reward.plugin)],
+        settings=numerics(evaluate="vase.evaluate", reward="vase.reward", clip="vase.clip"),
+        code=code_key("scripts.vase.evaluate"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Score the answers of base, SFT and GRPO model"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.evaluate"
+        " --predictions {input.predictions:q}"
+        " --rows {input.rows:q}"
+        " --train {input.train:q}"
+        " --images {params.images:q}"
+        " --clip-model {params.clip:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_export_megatron:
+    input:
+        model=f"{VASE_GRPO_MODEL}/files.json",
+    output:
+        listing=f"{VASE}/export_megatron/mcore/files.json",
+        meta=f"{VASE}/export_megatron/meta.json",
+    log:
+        f"{LOGS}/vase/export_megatron.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/export_megatron.tsv"
+    conda:
+        "../envs/swift.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        model=outside(VASE_GRPO_MODEL),
+        launcher=outside(launcher("gpu_single")),
+        settings=numerics(vlm="vase.vlm", megatron="vase.megatron"),
+        code=code_key("scripts.vase.export_megatron"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Export the final model to Megatron-Core's format"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.export_megatron"
+        " --model {params.model:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_describe_model:
+    input:
+        metrics=rules.vase_evaluate.output.metrics,
+        training=rules.vase_train_grpo.output.meta,
+        dataset=rules.vase_build_dataset.output.summary,
+        model=f"{VASE_GRPO_MODEL}/files.json",
+        parity=[rules.vase_merge_grpo.output.parity] if CONFIG.vase.grpo.tuner.tuner == "lora" else [],
+    output:
+        card=f"{VASE}/describe_model/README.md",
+        model=f"{VASE}/describe_model/model/files.json",
+        meta=f"{VASE}/describe_model/meta.json",
+    log:
+        f"{LOGS}/vase/describe_model.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/describe_model.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        base=model_card_options(CONFIG.vase.vlm.model),
+        demo="--demo" if CONFIG.vase.images.startswith(f"{DEMO}/") else "",
+        parity=lambda w, input: f"--parity {shlex.quote(str(input.parity))}" if input.parity else "",
+        weights=outside(VASE_GRPO_MODEL),
+        code=code_key("scripts.vase.describe_model"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Describe the final model"
+    shell:
+        "{params.step} scripts.vase.describe_model"
+        " --metrics {input.metrics:q}"
+        " --training-meta {input.training:q}"
+        " --dataset {input.dataset:q}"
+        " {params.parity}"
+        " --model grpo"
+        " {params.base} {params.demo}"
+        " --weights {params.weights:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+VASE_ASKED = CONFIG.vase.dataset.questions or CONFIG.vase.dataset.captions
+
+
+rule vase:
+    input:
+        rules.vase_images.input,
+        rules.vase_evaluate.output,
+        rules.vase_describe_model.output,
+        [rules.vase_export_megatron.output.listing] if CONFIG.vase.megatron.export else [],
+
+
+VASE_TARGETS = rules.vase.input if VASE_ASKED else rules.vase_images.input
+VASE_METRICS += [rules.vase_evaluate.output.metrics] if VASE_ASKED else []
