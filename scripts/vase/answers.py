@@ -72,9 +72,12 @@ SYNONYMS = {
 
 def normalise(text: str) -> str:
     """Compatibility forms, case, dashes, spaces, outer marks and a leading article taken away."""
+    return _ARTICLES.sub("", _plain(text))
+
+
+def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text[:MOST_CHARACTERS]).casefold()
-    text = " ".join(_DASHES.sub("-", text).split()).strip(_OUTER)
-    return _ARTICLES.sub("", text)
+    return " ".join(_DASHES.sub("-", text).split()).strip(_OUTER)
 
 
 @functools.cache
@@ -95,8 +98,8 @@ def canonical(text: str, dimension: str, extra: Mapping[str, str] = {}) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Words of the normalised text; a character is a word where the script has no spaces."""
-    return _WORDS.findall(normalise(text))
+    """Words of a text, in lower case; a character is a word where the script has no spaces."""
+    return _WORDS.findall(_plain(text))
 
 
 def date_range(text: str) -> tuple[int, int] | None:

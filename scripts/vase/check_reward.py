@@ -1,7 +1,7 @@
 """Before GRPO: does the reward vary between the completions of one prompt?
 
 Rule `vase_check_reward`. GRPO learns from advantages (r - mean) / std within a prompt's group (Shao et al. 2024,
-DeepSeekMath, section 4.1.1). Where every group's rewards are equal the gradient is zero: training would run and learn
+DeepSeekMath, section 4.1.2). Where every group's rewards are equal the gradient is zero: training would run and learn
 nothing. This step samples as GRPO will, writes how rewards are distributed, and fails when no group varies.
 """
 
