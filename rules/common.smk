@@ -111,7 +111,7 @@ def model_files(name, *files):
     """What a rule that uses a model waits for; `files` are those of a model given by its path."""
     if name in MODELS:
         return [f"{CONFIG.models}/{name}/files.json"]
-    return [f"{name}/{file}" for file in files] if files else [name]
+    return [f"{name}/{file}" for file in files] if files else [os.path.expanduser(name)]
 
 
 def model_file(name):

@@ -26,6 +26,9 @@ threshold, accept, select, audit, evaluate.
 
 VASE = f"{RESULTS}/vase"
 VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard)
+VASE_BACKBONE = (
+    f"--weights {shlex.quote(model_file(CONFIG.vase.classifier.weights))}" if CONFIG.vase.classifier.weights else ""
+)
 VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")
 
 
@@ -220,7 +223,7 @@ rule vase_split:
 rule vase_train_classifier:
     input:
         labelled=rules.vase_split_labelled.output.labelled,
-        weights=[model_file(CONFIG.vase.classifier.weights)] if CONFIG.vase.classifier.weights else [],
+        weights=model_files(CONFIG.vase.classifier.weights) if CONFIG.vase.classifier.weights else [],
         init=[CONFIG.vase.classifier.init_from] if CONFIG.vase.classifier.init_from else [],
     output:
         weights=f"{VASE}/train_classifier/classifier.safetensors",
@@ -265,7 +268,7 @@ rule vase_train_classifier:
         settings=numerics("vase.classifier"),
         code=code_key(*VASE_CLASSIFIER_CODE),
         folder=subpath(output.meta, parent=True),
-        weights=lambda w, input: f"--weights {shlex.quote(str(input.weights[0]))}" if input.weights else "",
+        weights=outside(VASE_BACKBONE),
     message:
         "Train the image-quality classifier"
     shell:

@@ -12,8 +12,13 @@ WANTED = {
     ("vase", "classifier_accuracy"): ("majority", 0.90, 0.0),
     ("vase", "accepted_quality"): ("before_filtering", 0.0, 0.10),
     ("vase", "best_view_quality"): ("random_view", 0.0, 0.10),
+    ("vase", "sft_accuracy"): ("majority", 0.0, 0.15),
+    ("vase", "image_grounding"): ("shuffled_images", 0.0, 0.20),
+    ("vase", "grpo_reward"): ("before_grpo", 0.0, 0.0),
     ("busi", "balanced_accuracy"): ("chance", 0.60, 0.0),
 }
+# technique is a matter of colours: what is shown there is that the model looks at its own picture
+MAY_BE_EASY = {"vase.image_grounding"}
 
 
 def complaints(summary: dict) -> list[str]:
@@ -38,7 +43,7 @@ def complaints(summary: dict) -> list[str]:
             found.append(f"{where}: {one['value']:.3f} is less than {gain} from {one['baseline']:.3f}")
         if one.get("trivial") is None:
             found.append(f"{where}: does not say what trivial features reach")
-        elif sign * (one["value"] - one["trivial"]) <= 0:
+        elif where not in MAY_BE_EASY and sign * (one["value"] - one["trivial"]) <= 0:
             found.append(f"{where}: {one['value']:.3f} is no better than trivial features, {one['trivial']:.3f}")
     return found
 

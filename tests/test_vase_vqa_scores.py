@@ -257,7 +257,7 @@ def test_headlines_have_the_houses_form(scored):
     made = scored[1]["summary"]
     assert list(made) == ["sft_accuracy", "image_grounding", "grpo_reward"]
     kinds = [one["baseline_kind"] for one in made.values()]
-    assert kinds == ["majority", "shuffled_images", evaluate.GRPO_BASELINE]
+    assert kinds == ["majority", "shuffled_images", "before_grpo"]
     for one in made.values():
         assert {"value", "baseline", "n", "ci95", "higher_is_better", "trivial"} <= one.keys()
         assert one["higher_is_better"] is True

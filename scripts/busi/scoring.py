@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from scripts.common.vlm import Family, answer_ids
+from scripts.common.vlm import Family, answer_ids, generating
 
 
 def encode_answers(tokenizer, answers: Sequence[str]) -> list[torch.Tensor]:
@@ -67,7 +67,8 @@ def greedy_texts(model, batch: dict[str, Any], tokenizer, max_new_tokens: int) -
         eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id or tokenizer.pad_token_id,
         suppress_tokens=stored.suppress_tokens,
     )  # fmt: skip
-    made = model.generate(**batch, generation_config=greedy)
+    with generating(model, greedy):
+        made = model.generate(**batch, generation_config=greedy)
     length = batch["input_ids"].shape[1]
     # remote code that feeds embeddings returns the new tokens alone
     new = made[:, length:] if made.shape[1] > length and torch.equal(made[:, :length], batch["input_ids"]) else made

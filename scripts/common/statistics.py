@@ -28,6 +28,7 @@ BASELINE_KINDS = frozenset(
         "random_view",
         "before_filtering",
         "before_training",
+        "before_grpo",
         "shuffled_images",
         "local_only",
         "downsampled",

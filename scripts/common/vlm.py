@@ -7,8 +7,9 @@ both, the pictures of a batch are concatenated on dimension 0, never stacked.
 """
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,20 @@ class Qwen(Family):
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on `device`."""
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def generating(model, wanted) -> Iterator[None]:
+    """While the block runs, `model` generates by the configuration `wanted` alone.
+
+    transformers fills what a given configuration leaves open from the model's own, such as Qwen's repetition penalty.
+    """
+    stored = model.generation_config
+    model.generation_config = wanted
+    try:
+        yield
+    finally:
+        model.generation_config = stored
 
 
 def inner(model):

@@ -41,12 +41,11 @@ MEASURES = {
 def scores(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rows of the card's table: each measure over all questions, and accuracy by dimension."""
     rows = {}
-    for dimension, found in model["dimensions"].items():
-        for measure, words in MEASURES.items():
-            entry = found.get(measure)
-            wanted = dimension in ("all", "caption") or measure in ("accuracy", "date_overlap")
-            if isinstance(entry, Mapping) and entry.get("value") is not None and wanted:
-                rows[f"{words}, {'all questions' if dimension == 'all' else dimension}"] = dict(entry)
+    for dimension, found in model["greedy"].items():
+        wanted = MEASURES if dimension in ("single", "caption") else ("accuracy", "date_overlap")
+        for measure in wanted:
+            if measure in found:
+                rows[f"{MEASURES[measure]}, {'all questions' if dimension == 'single' else dimension}"] = found[measure]
     return rows
 
 
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         task="image-text-to-text",
         license=licence.lower() if re.fullmatch(r"[A-Za-z0-9.-]+", licence) else "other",
         data=data_text(dataset),
-        evaluated_on=f"questions about {metrics['n_vases']:,} vases that no training saw",
+        evaluated_on=f"questions about {metrics['data']['test']['vases']:,} vases that no training saw",
         metrics=scores(metrics["models"][args.model]),
         intended_use=INTENDED_USE,
         limits="\n".join(f"- {one}" for one in limits),

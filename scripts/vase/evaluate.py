@@ -25,7 +25,6 @@ from scripts.vase.vqa_scores import SINGLE
 BASE, SFT, GRPO = MODELS = ("base", "sft", "grpo")
 GROUNDED = "technique"
 PUBLISHED_ITEMS = 96  # nearly all percentages of VaseVQA-3D's table are multiples of 1/96
-GRPO_BASELINE = "before_training"
 COLUMNS = ("model", "mode", "id", "vase", "dimension", "draw", "text", "tokens")
 
 
@@ -202,7 +201,7 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
         before, after = (found["models"][name]["sampled"]["content"] for name in (SFT, GRPO))
         made["grpo_reward"] = statistics.metric(
             after["value"], after["n"], [before["value"] + bound for bound in gain["ci95"]], before["value"],
-            GRPO_BASELINE, trivial=scores.content_of(floors["trivial"]), interval_of="baseline + paired difference",
+            "before_grpo", trivial=scores.content_of(floors["trivial"]), interval_of="baseline + paired difference",
             completions=found["models"][GRPO]["sampled"]["completions"],
             greedy_accuracy={
                 name: found["models"][name]["greedy"].get(SINGLE, {}).get("accuracy", {}).get("value")

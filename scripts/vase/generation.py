@@ -134,14 +134,12 @@ def generate(
         KilnError: an image cannot be read, memory is full, or logits are not numbers.
     """
     batch = vlm.to_device(encode(processor, folder, rows, system, model.config), model.device)
-    stored, tokenizer = model.generation_config, processor.tokenizer
-    wanted = configuration(stored, tokenizer, max_new_tokens, sampling)
+    tokenizer = processor.tokenizer
+    wanted = configuration(model.generation_config, tokenizer, max_new_tokens, sampling)
     length = batch["input_ids"].shape[1]
-    # transformers fills what the given configuration leaves open from the model's own, such as a penalty
-    model.generation_config = wanted
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), vlm.generating(model, wanted):
             torch.manual_seed(seed)
             guard = LogitsProcessorList([_NumbersOnly()])
             made = model.generate(**batch, generation_config=wanted, logits_processor=guard)[:, length:]
@@ -150,8 +148,6 @@ def generate(
             f"out of memory with {len(rows)} prompts of {length} tokens: {str(error)[:200]}",
             "lower vase.predict.batch_size or vase.vlm.max_pixels",
         ) from error
-    finally:
-        model.generation_config = stored
     ends = wanted.eos_token_id if isinstance(wanted.eos_token_id, list) else [wanted.eos_token_id]
     return [_answer(ids, ends, tokenizer) for ids in made.tolist()]
 
