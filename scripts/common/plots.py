@@ -276,8 +276,11 @@ def intervals(
     xlabel: str,
     title: str,
     floors: Mapping[str, float] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> None:
     """Scores {label: (value, (lo, hi) or None)} in [0, 1] as points with whiskers, and vertical `floors`.
+
+    `groups` {label: group} gives rows of one group one colour.
 
     Raises:
         KilnError: no rows.
@@ -286,10 +289,12 @@ def intervals(
         raise KilnError(f"{path.name}: nothing to draw", "look at what was scored")
     with style():
         figure, axes = _axes(7.8, 1.9 + 0.42 * len(rows), title)
-        for i, (value, interval) in enumerate(rows.values()):
+        names = list(dict.fromkeys((groups or {}).values()))
+        for i, (label, (value, interval)) in enumerate(rows.items()):
+            colour = PALETTE[names.index(groups[label]) % len(PALETTE)] if groups else PALETTE[0]
             if interval is not None:
-                axes.hlines(i, *interval, color=PALETTE[0], linewidth=2.2)
-            axes.plot(value, i, "o", color=PALETTE[0], markersize=7)
+                axes.hlines(i, *interval, color=colour, linewidth=2.2)
+            axes.plot(value, i, "o", color=colour, markersize=7)
             axes.text(1.02, i, f"{value:.3f}", va="center", transform=axes.get_yaxis_transform(), fontsize=10)
         for (label, x), dash in zip((floors or {}).items(), itertools.cycle([(5, 3), (2, 2), (8, 2, 2, 2)])):
             axes.axvline(x, color=GREY, linewidth=1.4, dashes=dash, label=f"{label}: {x:.3f}", zorder=1)

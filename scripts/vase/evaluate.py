@@ -232,22 +232,24 @@ def draw(path: Path, metrics: Mapping[str, Any]) -> None:
     """scores.png: accuracy by dimension and model, beside what needs no model; without questions BLEU-1 of captions."""
     everyone = {name: one["greedy"] for name, one in metrics["models"].items()}
     everyone |= {"majority answer": metrics["majority"]["greedy"], "trivial features": metrics["trivial"]["greedy"]}
-    points, measure = {}, "accuracy"
+    points, groups, measure = {}, {}, "accuracy"
     for kind in (SINGLE, *DIMENSIONS):
         for name, found in everyone.items():
             if kind in found:
                 one = found[kind][measure]
-                label = "all questions" if kind == SINGLE else kind
-                points[f"{label}: {name} (n = {one['n']})"] = one["value"], one["ci95"]
+                label = f"{'all questions' if kind == SINGLE else kind}: {name} (n = {one['n']})"
+                points[label], groups[label] = (one["value"], one["ci95"]), name
     if not points:
         measure = "bleu1"
         for name, found in everyone.items():
             if CAPTION in found:
                 one = found[CAPTION][measure]
-                points[f"captions: {name} (n = {one['n']})"] = one["value"], one["ci95"]
+                label = f"captions: {name} (n = {one['n']})"
+                points[label], groups[label] = (one["value"], one["ci95"]), name
     words = {"accuracy": "share of right answers", "bleu1": "BLEU-1"}[measure]
     vases = metrics["data"]["test"]["vases"]
-    plots.intervals(path, points, f"{words}, 95 % interval", f"Greedy answers about {vases} vases of the test side")
+    title = f"Greedy answers about {vases} vases of the test side"
+    plots.intervals(path, points, f"{words}, 95 % interval", title, groups=groups)
 
 
 def caption_retrieval(args, values: EvaluateStepSettings, captions: Sequence[VqaRow]):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -191,13 +192,17 @@ def write_model(checkpoint: Path, folder: Path, base_name: str) -> Path:
 
 
 def _portable(config: Mapping[str, Any], base_name: str) -> dict[str, Any]:
-    """An adapter's configuration without a path of this machine, and with names in order: peft keeps them in sets."""
-    listed = {name: sorted(value) for name, value in config.items() if isinstance(value, list) and _texts(value)}
-    return {**config, **listed, "base_model_name_or_path": base_name, "revision": None}
+    """An adapter's configuration without a path of this machine, and with names in order: they come out of sets."""
 
+    def ordered(value):
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return sorted(value)
+        if isinstance(value, str):  # a pattern of ms-swift's: ...(q_proj|v_proj|up_proj)
+            return re.sub(r"\(([\w|]+)\)", lambda found: f"({'|'.join(sorted(found[1].split('|')))})", value)
+        return value
 
-def _texts(values: list) -> bool:
-    return all(isinstance(value, str) for value in values)
+    listed = {name: ordered(value) for name, value in config.items()}
+    return {**listed, "base_model_name_or_path": base_name, "revision": None}
 
 
 def write_curves(folder: Path, state: Mapping[str, Any], title: str, what: str, label: str) -> tuple[Path, Path]:
