@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 LOCK := requirements.lock
 INSTALLED := $(VENV)/installed
 CORES ?= all
+TEST_PROCESSES ?= 2
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
 .PHONY: help install demo test lint format config dag doctor lock dvc clean-env clean-demo
@@ -31,7 +32,7 @@ demo: install ## every rule on embedded data; ends with the headline numbers
 	@echo "report: results/demo/report.html"
 
 test: install ## all tests that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .

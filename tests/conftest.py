@@ -34,7 +34,12 @@ def _has_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and say so."""
+    """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and say so.
+
+    Files with slow tests come first, so that of several processes none ends long after the others.
+    """
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     marked = {name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "realdata")}
     reasons = {}
     if marked["gpu"] and not _has_gpu():
