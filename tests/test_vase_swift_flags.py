@@ -9,7 +9,7 @@ from vase_fixtures import ROOT
 from scripts import config
 from scripts.common import artefacts
 from scripts.common.errors import KilnError
-from scripts.vase import export_megatron, swift_flags
+from scripts.vase import export_megatron, swift_flags, swift_training
 from scripts.vase.settings import GrpoSettings, MegatronSettings, RewardSettings, SftSettings, VaseSettings, VlmSettings
 
 PLACES = {"model": Path("m"), "train": Path("t.jsonl"), "validation": Path("v.jsonl"), "output": Path("o")}
@@ -121,3 +121,35 @@ def test_the_megatron_export_refuses_where_it_cannot_work(monkeypatch):
 def test_the_default_configuration_names_every_published_value():
     text = (ROOT / "config/default.yaml").read_text()
     assert "qwen2.5-vl-7b-instruct" in text and VaseSettings().grpo.tuner.tuner == "full"
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "hint"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full", "free space"),
+        (
+            RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/3"),
+            "the disk is full",
+            "results",
+        ),
+        (
+            ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full",
+            "",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory: CUDA", "max_pixels"),
+        (MemoryError("Unable to allocate 8 GiB"), "out of memory", "vase.sft.batch_size"),
+        (RuntimeError("size mismatch for q_proj"), "adapter and base do not fit", "base it was made for"),
+    ],
+)
+def test_what_users_can_mend_is_said(tmp_path, error, said, hint):
+    with pytest.raises(KilnError, match=said) as found, swift_training.explained("vase.sft", tmp_path / "state"):
+        raise error
+    assert hint in found.value.hint
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    for error in (ValueError("something else"), FileNotFoundError(2, "No such file")):
+        with pytest.raises(type(error)) as found, swift_training.explained("vase.sft", tmp_path):
+            raise error
+        assert found.value is error

@@ -55,7 +55,7 @@ def merge(args: argparse.Namespace, values: MergeStepSettings, folder: Path) -> 
     base = logits(model, args, values, device)
     from peft import PeftModel
 
-    with swift_training.explained("vase.merge"):
+    with swift_training.explained("vase.merge", folder):
         model = PeftModel.from_pretrained(model, args.adapter)
         adapted = logits(model, args, values, device)
         del model

@@ -7,6 +7,7 @@ settings, inputs and code, so a changed setting never carries on from a stale st
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -63,30 +64,45 @@ def processes() -> int:
 
 
 @contextlib.contextmanager
-def explained(section: str):
-    """Turn what users can mend into messages.
+def explained(section: str, folder: Path):
+    """Turn what users can mend into messages; other errors pass.
+
+    Args:
+        section: of the configuration, for hints.
+        folder: where the block writes.
 
     Raises:
-        KilnError: memory or disk are full, an adapter belongs to another base, a row that ms-swift cannot encode.
+        KilnError: memory or the disk are full, or an adapter belongs to another base.
     """
     try:
         yield
     except KilnError:
         raise
-    except (RuntimeError, ValueError, OSError, MemoryError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.errno is not None:
-            raise artefacts.explain_os_error(error, Path(error.filename or ".")) from error
-        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
-            raise KilnError(
-                f"out of memory: {text[:300]}",
-                f"lower vase.vlm.max_pixels or {section}.batch_size (raising accumulation), set "
-                f"{section}.gradient_checkpointing=true, {section}.tuner.tuner=lora, or {section}.deepspeed=zero3 on "
-                "several GPUs",
-            ) from error
-        if "size mismatch" in text:
-            raise KilnError(f"adapter and base do not fit: {text[:300]}", "use the base it was made for") from error
-        raise
+    except Exception as error:
+        known = _known(error, section, folder)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _known(error: Exception, section: str, folder: Path) -> Exception | None:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None:
+        found = artefacts.explain_os_error(error, folder)
+        return found if found is not error else None
+    # safetensors and torch report a full disk in words of their own
+    if any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")):
+        return artefacts.explain_os_error(OSError(errno.ENOSPC, text), folder)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+        return KilnError(
+            f"out of memory: {text[:300]}",
+            f"lower vase.vlm.max_pixels or {section}.batch_size (raising accumulation), set "
+            f"{section}.gradient_checkpointing=true, {section}.tuner.tuner=lora, or {section}.deepspeed=zero3 on "
+            "several GPUs",
+        )
+    if "size mismatch" in text:
+        return KilnError(f"adapter and base do not fit: {text[:300]}", "use the base it was made for")
+    return None
 
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
@@ -143,7 +159,7 @@ def run(
     arguments = with_extra(flags, values.extra_args, section)
     if rank() == 0:
         step.log.info("ms-swift: %s", " ".join(arguments))
-    with contextlib.closing(writer), explained(section):
+    with contextlib.closing(writer), explained(section, folder):
         (swift.sft_main if kind == "sft" else swift.rlhf_main)(arguments)
     last = from_rank_0(newest_complete(folder) if rank() == 0 else None)
     if last is None:
