@@ -1,49 +1,122 @@
-"""Comparing answers, the reward's parts, and a user's own reward: numbers by hand, properties on any text."""
+"""The reward against numbers by hand and own recursions, its properties, and plugins of every kind."""
 
 import json
 import math
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from scripts.common.errors import KilnError
-from scripts.vase import answers, reward_plugin
-from scripts.vase.rewards import Reward, stutters
+from scripts.vase import answers, reward_plugin, rewards
+from scripts.vase.rewards import Reward
 from scripts.vase.settings import CAPTION, DIMENSIONS, RewardSettings
 
-PLAIN = RewardSettings(format="plain")
 FACTS = {
     "fabric": "Athenian",
     "technique": "black-figure",
-    "shape": "amphora",
-    "dating": "-525 to -500",
-    "decoration": "warriors fighting",
-    "attribution": "Key Painter",
+    "shape": "lekythos",
+    "dating": "-525 to -475",
+    "decoration": "two warriors fighting",
+    "attribution": "Berlin Painter",
 }
-RIGHT = "Attic black figure amphorae, c. 525-500 BCE; warriors fighting, Key Painter"
-TEXTS = st.one_of(
-    st.text(max_size=80),
-    st.text(alphabet="<>/thinkanswer 年黑绘-0123456789bce.", max_size=80),
-    st.sampled_from(["", "\ud800", "\0", "<think>", "</answer><answer>", "红绘双耳瓶", "9" * 5000, "a b " * 30000]),
+TRUE = "Athenian black-figure lekythos, c. 525–475 BCE, two warriors fighting, Berlin Painter"
+WRONG = {
+    "fabric": "Corinthian",
+    "technique": "red-figure",
+    "shape": "hydria",
+    "dating": "-450 to -400",
+    "decoration": "dolphins",
+    "attribution": "Zygmunt",
+}
+PLAIN = Reward(RewardSettings(format="plain"))
+THINK = Reward(RewardSettings())
+texts = st.one_of(
+    st.text(max_size=60),
+    st.text(alphabet="abc -.0123456789<>/BCE公前年世纪\0\ud800\n", max_size=60),
+    st.lists(
+        st.sampled_from(
+            ["<think>", "</think>", "<answer>", "</answer>", "amphora", "525", "BC", "to", "-", "中文", "a"]
+        ),
+        max_size=20,
+    ).map("".join),
 )
-YEARS = st.tuples(st.integers(-900, 300), st.integers(0, 200)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+years = st.tuples(st.integers(-900, 400), st.integers(0, 200)).map(lambda one: (one[0], one[0] + one[1]))
 
 
-def distance(a: str, b: str) -> int:
-    """Levenshtein's distance by its recurrence."""
-    last = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
-        last = row
-    return last[-1]
+# --- answers ---
 
 
-# answers
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The  Neck–Amphora. ", "neck-amphora"),
+        ("ＡＭＰＨＯＲＡ", "amphora"),
+        ("“an amphora”", "amphora"),
+        ("-575 to -550", "-575 to -550"),
+        ("a the vase", "vase"),
+        ("a", "a"),
+        ("?!", ""),
+        ("", ""),
+    ],
+)
+def test_normal_forms(text, expected):
+    assert answers.normalise(text) == expected
+
+
+@given(texts)
+@settings(max_examples=150, deadline=None)
+def test_a_normal_form_is_its_own(text):
+    once = answers.normalise(text)
+    assert answers.normalise(once) == once
+
+
+def test_words_of_cjk_scripts_are_characters():
+    assert answers.words("黑绘 Amphora的瓶, ひと x1") == ["黑", "绘", "amphora", "的", "瓶", "ひ", "と", "x1"]
+    assert answers.token_f1("黑绘瓶", "红绘瓶") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "term", "spellings"),
+    [
+        ("technique", "black-figure", "black figure;Black-Figured;bf;the BLACK–FIGURE technique"),
+        ("technique", "red-figure", "RED FIGURE;rf"),
+        ("technique", "white-ground", "White ground"),
+        ("shape", "amphora", "neck-amphora;amphorae;AMPHORA, NECK;an amphora;belly amphorai;AMPHORA B"),
+        ("shape", "oinochoe", "oenochoe;Oinochoai"),
+        ("shape", "lekythos", "lekythoi;squat lekythos;lecythus"),
+        ("shape", "krater", "kalyx-krater;calyx krater;KRATER, VOLUTE"),
+        ("shape", "kylix", "cup;CUP B;kylikes"),
+        ("fabric", "athenian", "attic;ATHENIAN;Attic ware"),
+    ],
+)
+def test_synonyms(dimension, term, spellings):
+    for spelling in spellings.split(";"):
+        assert answers.canonical(spelling, dimension) == term, spelling
+        assert answers.exact(spelling, term, dimension)
+        assert answers.similarity(term, spelling, dimension) == 1
+
+
+def test_synonyms_of_the_user():
+    extra = {"Hals-Amphore": "neck amphora", "双耳瓶": "amphora", "attisch": "Attic"}
+    assert answers.canonical("hals amphore", "shape", extra) == "amphora"
+    assert answers.canonical("attisch", "fabric", extra) == "athenian"
+    assert answers.named("一个双耳瓶。", "shape", extra) == {"amphora"}
+    coarse = {"amphora": "jar"}
+    assert answers.exact("neck-amphora", "jar", "shape", coarse)
+    assert answers.named("a neck-amphora", "shape", coarse) == {"jar"}
+
+
+def test_terms_are_whole_words_and_the_longest_counts():
+    assert answers.named("cup-skyphos", "shape") == {"cup-skyphos"}
+    assert answers.named("a cupboard, bicup", "shape") == set()
+    assert answers.named("Attic hydria beside a neck amphora", "shape") == {"hydria", "amphora"}
+    assert answers.named("Daunian jug", "fabric", also=["Daunian"]) == {"daunian"}
 
 
 @pytest.mark.parametrize(
@@ -51,254 +124,471 @@ def distance(a: str, b: str) -> int:
     [
         ("-575 to -550", (-575, -550)),
         ("−575 – −550", (-575, -550)),
+        ("-525--475", (-525, -475)),
         ("c. 525–475 BCE", (-525, -475)),
         ("525-475 B.C.", (-525, -475)),
-        ("475-525 BC", (-525, -475)),
-        ("from 525 BC to 475 BC", (-525, -475)),
-        ("525-475", (-525, -475)),
-        ("100-200", (100, 200)),
+        ("550 to 500 B.C.E.", (-550, -500)),
+        ("c. 525 - c. 475 BC", (-525, -475)),
+        ("between 525 and 475 BC", (-525, -475)),
         ("ca. 500 BC", (-500, -500)),
-        ("6th century BCE", (-600, -501)),
-        ("2nd century AD", (101, 200)),
+        ("500bc", (-500, -500)),
+        ("525 BC to 475", (-525, -475)),
+        ("475-525 BC", (-525, -475)),
+        ("525-475", (-525, -475)),
         ("AD 50 to 100", (50, 100)),
-        ("50 BCE to 20 CE", (-50, 20)),
-        ("Athenian lekythos, c. 525–475 BCE, depicting 3 men", (-525, -475)),
+        ("50 to 100 CE", (50, 100)),
+        ("50 BC - AD 50", (-50, 50)),
+        ("-50 to 50", (-50, 50)),
+        ("6th century BCE", (-600, -501)),
+        ("6th-5th century B.C.", (-600, -401)),
+        ("sixth century BC", (-600, -501)),
+        ("first half of the 5th century BC", (-500, -451)),
+        ("last quarter of the 6th century BC", (-525, -501)),
+        ("1st century AD", (1, 100)),
+        ("late 6th century BC (520-510 BC)", (-520, -510)),
+        ("公元前525年至公元前475年", (-525, -475)),
+        ("公元前6世纪", (-600, -501)),
+        ("Athenian lekythos, 35-40 cm high, c. 525–475 BCE; Marathon", (-525, -475)),
+        ("a head 50 high", None),
+        ("35-40 cm", None),
         ("no date", None),
         ("", None),
-        ("7" * 90_000, None),
+        ("9" * 100_000, None),
+        ("BC 12345678901234567890", None),
     ],
 )
-def test_dates_in_the_published_styles(text, expected):
+def test_dates(text, expected):
     assert answers.date_range(text) == expected
 
 
-def test_overlap_by_hand():
-    assert answers.overlap((-525, -500), (-525, -500)) == 1
-    assert answers.overlap((-525, -500), (-499, -475)) == 0
-    assert answers.overlap((-525, -501), (-512, -488)) == pytest.approx(12 / 38)
-    assert answers.range_overlap("525-501 BC", "-512 to -488") == pytest.approx(12 / 38)
-    assert answers.range_overlap("unknown", "-512 to -488") == 0
+@given(texts)
+@settings(max_examples=150, deadline=None)
+def test_dates_are_in_order(text):
+    found = answers.date_range(text)
+    assert found is None or found[0] <= found[1]
 
 
-@given(YEARS, YEARS)
-def test_overlap_is_that_of_sets_of_years(a, b):
-    x, y = set(range(a[0], a[1] + 1)), set(range(b[0], b[1] + 1))
-    between = range(min(a[0], b[0]), max(a[1], b[1]) + 1)
-    assert answers.overlap(a, b) == answers.overlap(b, a) == pytest.approx(len(x & y) / len(between))
+@given(years, st.sampled_from(["{} to {}", "from {} until {}", "{} - {}", "{}–{}"]))
+@settings(max_examples=60, deadline=None)
+def test_signed_years_are_read_back(span, style):
+    if span[0] < 0:
+        assert answers.date_range(style.format(*span)) == span
 
 
-@given(st.text("abcd ", min_size=1, max_size=12), st.text("abcd ", min_size=1, max_size=12))
-def test_anls_is_levenshteins_similarity_cut_at_a_half(a, b):
-    first, second = answers.normalise(a), answers.normalise(b)
-    longest = max(len(first), len(second))
-    expected = 1 - distance(first, second) / longest if longest else 1.0
-    assert answers.edit_similarity(a, b) == pytest.approx(expected)
-    assert answers.anls(a, b) == pytest.approx(expected if expected >= 0.5 else 0.0)
+@given(years, years)
+@settings(max_examples=100, deadline=None)
+def test_overlap_counts_years(a, b):
+    one, other = set(range(a[0], a[1] + 1)), set(range(b[0], b[1] + 1))
+    assert answers.range_overlap(a, b) == pytest.approx(len(one & other) / len(one | other))
+    assert answers.range_overlap(a, b) == answers.range_overlap(b, a)
+    assert answers.range_overlap(a, a) == 1
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [
-        ("a man and a horse", "a man and a horse", 1.0),
-        ("two men", "two men fight", math.exp(1 - 3 / 2)),  # all right, but short
-        ("man man man", "one man", 1 / 3),  # counted once, as often as it is there
-        ("warriors", "dancers", 0.0),
-        ("", "dancers", 0.0),
-        ("两个战士", "两个舞者", 0.5),
-    ],
-)
-def test_bleu1_by_hand(answer, reference, expected):
-    assert answers.bleu1(answer, reference) == pytest.approx(expected, abs=1e-9)
+def test_overlap_of_texts():
+    assert answers.range_overlap("525-475 BC", "c. 500 BC") == pytest.approx(1 / 51)
+    assert answers.range_overlap("none", "500 BC") == answers.range_overlap(None, (1, 2)) == 0
+    assert answers.exact("c. 525–475 BCE", "-525 to -475", "dating")
+    assert not answers.exact("525 BC", "-525 to -475", "dating")
+    assert answers.exact("Archaic", "archaic.", "dating")
+    assert answers.similarity("archaic", "classical", "dating") == 0
 
 
-def test_words_sets_and_synonyms():
-    assert answers.words("Black-figure 双耳瓶!") == ["black", "figure", "双", "耳", "瓶"]
-    assert answers.lexical_overlap("a red vase", "red krater") == pytest.approx(1 / 4)
-    assert answers.token_f1("warriors and dancers", "dancers") == pytest.approx(0.5)
-    for said, dimension, true in (
-        ("Black figure", "technique", "black-figure"),
-        ("a neck-amphora.", "shape", "Amphora"),
-        ("OENOCHOE", "shape", "oinochoe"),
-        ("Attic", "fabric", "Athenian"),
-        ("c. 525-500 BCE", "dating", "-525 to -500"),
-    ):
-        assert answers.exact(said, true, dimension), said
-    assert not answers.exact("red-figure", "black-figure", "technique")
-    assert answers.exact("schwarzfigurig", "black-figure", "technique", {"Schwarzfigurig": "black-figure"})
+def edits(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        row, above = [i], row
+        for j, right in enumerate(b, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
+    return row[-1]
 
 
-@given(TEXTS, TEXTS)
-@settings(max_examples=60)
-def test_measures_lie_from_0_to_1_and_are_symmetric_where_they_should_be(a, b):
-    for measure in (answers.anls, answers.bleu1, answers.lexical_overlap, answers.token_f1, answers.range_overlap):
-        assert 0 <= measure(a, b) <= 1
-    for measure in (answers.anls, answers.lexical_overlap, answers.token_f1, answers.range_overlap):
-        assert measure(a, b) == pytest.approx(measure(b, a))
-    for dimension in DIMENSIONS:
-        assert 0 <= answers.similarity(a, b, dimension) <= 1
+@given(st.text(alphabet="abé x", max_size=12), st.text(alphabet="abé x", max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_anls_is_levenshteins(a, b):
+    one, other = answers.normalise(a), answers.normalise(b)
+    value = 1 - edits(one, other) / max(len(one), len(other), 1)
+    assert answers.anls(a, b) == pytest.approx(value if value >= 0.5 else 0)
+    assert answers.anls(a, b) == answers.anls(b, a)
 
 
-# the reward
+def test_anls_is_cut_and_the_rewards_similarity_is_not():
+    assert answers.anls("Kylyx", "kylix") == pytest.approx(0.8)
+    assert answers.anls("abcd", "abxy") == 0.5
+    assert answers.anls("abcde", "abxyz") == 0
+    assert answers.similarity("abcde", "abxyz", "attribution") == pytest.approx(0.4)
+    assert answers.similarity("", "Berlin Painter", "attribution") == 0
 
 
-def test_a_right_caption_has_all_of_it_and_the_bonus():
-    scored = Reward(PLAIN).content(RIGHT, "unused", CAPTION, FACTS)
-    assert scored.parts == dict.fromkeys(FACTS, 1.0)
-    assert scored.base == pytest.approx(1) and scored.value == pytest.approx(1.1)
-    as_json = Reward(PLAIN).content(RIGHT, "unused", CAPTION, json.dumps(FACTS))
-    assert as_json == scored
+@given(*[st.lists(st.sampled_from(["amphora", "kylix", "瓶", "x"]), max_size=6)] * 2)
+@settings(max_examples=100, deadline=None)
+def test_word_measures_by_hand(a, b):
+    one, other = " ".join(a), " ".join(b)
+    common = sum(min(a.count(word), b.count(word)) for word in set(a))
+    brevity = 1 if len(a) >= len(b) else math.exp(1 - len(b) / max(len(a), 1))
+    assert answers.bleu1(one, other) == pytest.approx(common / len(a) * brevity if a and b else 0)
+    assert answers.token_f1(one, other) == pytest.approx(2 * common / (len(a) + len(b)) if a and b else 0)
+    jaccard = len(set(a) & set(b)) / max(len(set(a) | set(b)), 1)
+    assert answers.lexical_overlap(one, other) == pytest.approx(jaccard)
+    assert answers.token_f1(one, other) == answers.token_f1(other, one)
+    assert answers.lexical_overlap(one, other) == answers.lexical_overlap(other, one)
 
 
-def test_r_by_hand_with_weights_penalty_and_bonus():
-    reward = Reward(
-        PLAIN.model_copy(update={"weights": {"technique": 3.0, "shape": 1.0}, "penalty": 0.25, "bonus": 0.5})
+def test_an_empty_answer_is_never_right():
+    for dimension in (*DIMENSIONS, CAPTION):
+        assert not answers.exact("", "", dimension)
+
+
+# --- rewards ---
+
+
+def test_one_dimension_has_all_the_weight():
+    values = RewardSettings(weights={"shape": 0.1, "dating": 0.9}, penalty=0.2, bonus=0.3, format="plain")
+    right, wrong, none = (Reward(values).content(text, "Amphora", "shape") for text in ("neck amphora", "hydria", "zz"))
+    assert right == (1.3, 1, {"shape": 1}, 0, 0.3)
+    assert wrong == (-0.2, 0, {"shape": 0}, 0.2, 0)
+    assert none == (0, 0, {"shape": 0}, 0, 0)
+    assert Reward(values).content("two warriors", "two warriors fighting", "decoration").base == pytest.approx(4 / 5)
+    assert Reward(values).content("500 BC", "525-475 BC", "dating").value == pytest.approx(1 / 51)
+
+
+def test_listing_everything_does_not_pay():
+    listed = PLAIN.content("amphora, hydria or krater", "amphora", "shape")
+    assert (listed.base, listed.penalty, listed.bonus) == (0, 0.1, 0)
+    caption = PLAIN.content(f"{TRUE}, hydria, krater", TRUE, CAPTION, FACTS)
+    assert caption.parts["shape"] == pytest.approx(1 / 3)
+    assert (caption.penalty, caption.bonus) == (0.1, 0)
+
+
+def test_a_true_caption_is_right():
+    found = PLAIN.content(TRUE, TRUE, CAPTION, FACTS)
+    assert found.parts == dict.fromkeys(DIMENSIONS, 1)
+    assert found.value == pytest.approx(1.1)
+    assert PLAIN.content(TRUE, TRUE, CAPTION, json.dumps(FACTS)) == found
+
+
+def test_a_caption_by_hand():
+    weights = {"fabric": 2, "shape": 1, "dating": 1, "attribution": 5}
+    reward = Reward(RewardSettings(weights=weights, penalty=0.25, format="plain"))
+    facts = {name: FACTS[name] for name in ("fabric", "shape", "dating", "decoration")}
+    found = reward.content("An Attic hydria of 500-475 BC", TRUE, CAPTION, facts)
+    assert found.parts == pytest.approx({"fabric": 1, "shape": 0, "dating": 26 / 51})
+    assert found.base == pytest.approx((2 + 26 / 51) / 4)
+    assert found.value == pytest.approx(found.base - 0.25)  # a hydria is a rival
+
+
+def test_what_the_reference_names_is_no_rival():
+    reference = "Athenian lekythos: a man with a krater"
+    facts = {"shape": "lekythos"}
+    assert PLAIN.content(reference, reference, CAPTION, facts).penalty == 0
+    assert PLAIN.content(reference, "Athenian lekythos", CAPTION, facts).penalty == 0.1
+
+
+def test_a_caption_of_which_nothing_is_known_is_compared_with_its_reference():
+    for facts in (None, "", {}, "{}"):
+        found = PLAIN.content("an Athenian amphora", "Athenian hydria", CAPTION, facts)
+        assert found.parts == {CAPTION: pytest.approx(0.5)}
+    assert PLAIN.content(TRUE, TRUE, CAPTION).value == pytest.approx(1.1)
+
+
+def test_repetition_is_penalised():
+    assert PLAIN.content("man man man", "a man", "decoration").penalty == 0.1
+    assert PLAIN.content("man and a dog, " * 3, "a man", "decoration").penalty == 0.1
+    assert PLAIN.content("man and a dog, " * 2, "a man", "decoration").penalty == 0
+    assert PLAIN.content("人马" * 3, "人马", "decoration").penalty == 0.1
+
+
+@given(st.lists(st.sampled_from("ab"), max_size=14))
+@settings(max_examples=150, deadline=None)
+def test_repetition_by_plain_loops(found):
+    n = len(found)
+    expected = any(
+        found[i : i + p] == found[i + p : i + 2 * p] == found[i + 2 * p : i + 3 * p]
+        for p in range(1, n // 3 + 1)
+        for i in range(n - 3 * p + 1)
     )
-    facts = {"technique": "red-figure", "shape": "kylix"}
-    assert reward.content("a red-figure vessel", "", CAPTION, facts).value == pytest.approx(0.75)
-    assert reward.content("a red-figure krater", "", CAPTION, facts).value == pytest.approx(0.75 - 0.25)
-    assert reward.content("a red-figure cup", "", CAPTION, facts).value == pytest.approx(1.0 + 0.5)
-    both = reward.content("a red-figure kylix or krater", "", CAPTION, facts)
-    assert (both.base, both.penalty, both.bonus) == (1.0, 0.25, 0.0)
+    assert rewards.repeats(" ".join(f"{word}x" for word in found)) == expected
 
 
-def test_a_question_gives_its_dimension_all_the_weight():
-    reward = Reward(PLAIN)
-    assert reward.content("red figure", "red-figure", "technique").value == pytest.approx(1.1)
-    wrong = reward.content("black-figure", "red-figure", "technique")
-    assert (wrong.base, wrong.value) == (0, pytest.approx(-0.1))  # a rival
-    assert reward.content("no idea", "red-figure", "technique").value == 0
-    half = reward.content("-512 to -488", "-525 to -501", "dating")
-    assert half.base == half.value == pytest.approx(12 / 38)
-    assert reward.content("The Kay Painter", "Key Painter", "attribution").base == pytest.approx(1 - 1 / 11)
+@given(*[st.lists(st.sampled_from("abcd"), min_size=1, max_size=8)] * 2)
+@settings(max_examples=150, deadline=None)
+def test_the_best_stretch_by_plain_loops(found, wanted):
+    windows = [found[i : i + len(wanted)] for i in range(max(1, len(found) - len(wanted) + 1))]
+    values = [2 * (Counter(one) & Counter(wanted)).total() / (len(one) + len(wanted)) for one in windows]
+    assert rewards.best_stretch(found, wanted) == pytest.approx(max(values))
 
 
-def test_saying_it_again_and_again_is_punished():
-    assert stutters("no no no") and stutters("a red vase a red vase a red vase") and not stutters("no no, not that")
-    reward = Reward(PLAIN)
-    assert reward.content("warriors warriors warriors", "warriors", "decoration").penalty == 0.1
+def test_attribution_within_a_caption():
+    assert rewards.partial("by the berlin painter, as said", "berlin painter") == 1
+    assert 0.8 < rewards.partial("by the berlim painter, as said", "berlin painter") < 1
+    assert rewards.partial("b", "berlin painter") < 0.2
+    assert rewards.partial("", "berlin painter") == 0
 
 
-def test_the_format_and_what_is_taken_from_it():
-    think = Reward(RewardSettings())
-    good = "<think>The figures are black.</think>\n<answer>black-figure</answer>"
-    assert think.format(good) == 1 and think.extract(good) == "black-figure"
-    assert think.content(good, "black-figure", "technique").value == pytest.approx(1.1)
-    for bad in ("black-figure", "<answer>x</answer>", good + good, "<think>a</think><answer></answer>", good + " so"):
-        assert think.format(bad) == 0, bad
-    plain = Reward(PLAIN)
-    assert plain.format("black-figure") == 1
-    for bad in ("", "  ", "two\nlines", "<answer>x</answer>", "word " * 65):
-        assert plain.format(bad) == 0, bad
+def written(right: set[str]) -> str:
+    return ", ".join((FACTS if name in right else WRONG)[name] for name in DIMENSIONS)
 
 
-@given(TEXTS, st.sampled_from([*DIMENSIONS, CAPTION]), TEXTS.filter(str.strip))
-@settings(max_examples=120, deadline=2000)
-def test_no_text_makes_it_raise_or_leave_its_bounds(text, dimension, reference):
-    for values in (PLAIN, RewardSettings()):
-        reward = Reward(values)
-        scored = reward.content(text, reference, dimension, FACTS)
-        assert 0 <= scored.base <= 1 and math.isfinite(scored.value)
-        assert all(0 <= r <= 1 for r in scored.parts.values())
-        assert scored.value == pytest.approx(scored.base - scored.penalty + scored.bonus)
-        assert reward.format(text) in (0, 1)
+@given(st.sets(st.sampled_from(DIMENSIONS)), st.sampled_from(DIMENSIONS), st.lists(st.floats(0.01, 5), min_size=6))
+@settings(max_examples=60, deadline=None)
+def test_one_more_right_dimension_never_lowers_the_base(right, more, weights):
+    reward = Reward(RewardSettings(weights=dict(zip(DIMENSIONS, weights, strict=False)), format="plain"))
+    before = reward.content(written(right - {more}), TRUE, CAPTION, FACTS)
+    after = reward.content(written(right | {more}), TRUE, CAPTION, FACTS)
+    assert after.base > before.base
+    assert after.parts[more] == 1 > before.parts[more]
 
 
-@given(st.permutations(list(FACTS)), st.integers(0, 6))
-def test_one_more_right_dimension_never_lowers_it_and_order_does_not_count(names, count):
-    said = {
-        "fabric": "Athenian", "technique": "black-figure", "shape": "amphora", "dating": "525-500 BCE",
-        "decoration": "warriors fighting", "attribution": "Key Painter",
-    }  # fmt: skip
-    reward = Reward(PLAIN)
+@given(years, years, years)
+@settings(max_examples=60, deadline=None)
+def test_a_better_overlap_never_lowers_the_base(truth, a, b):
+    def base(span, dimension):
+        reference = f"{truth[0]} BC to {truth[1]} BC"  # any two years will do
+        text = f"{span[0]} BC to {span[1]} BC"
+        facts = {"dating": reference, "shape": "amphora"}
+        overlap = answers.range_overlap(answers.date_range(text), answers.date_range(reference))
+        return overlap, PLAIN.content(text, reference, dimension, facts).base
 
-    def value(some, order=names):
-        text = "; ".join(said[name] for name in some)
-        return reward.content(text, "", CAPTION, {name: FACTS[name] for name in order})
-
-    more = value(names[: count + 1])
-    assert more.base >= value(names[:count]).base - 1e-12
-    assert value(names[: count + 1], sorted(names)).base == pytest.approx(more.base)
-
-
-@given(YEARS, st.integers(0, 100), st.integers(0, 100))
-def test_a_nearer_date_is_never_worth_less(true, near, far):
-    near, far = sorted((near, far))
-    reward = Reward(PLAIN)
-
-    def value(shift):
-        return reward.content(f"{true[0] + shift} to {true[1] + shift}", f"{true[0]} to {true[1]}", "dating").base
-
-    assert value(near) >= value(far)
+    truth, a, b = (tuple(abs(year) + 1 for year in span) for span in (truth, a, b))
+    for dimension in ("dating", CAPTION):
+        low, high = sorted((base(a, dimension), base(b, dimension)))
+        assert low[1] <= high[1] + 1e-12
 
 
-def test_unknown_weights_are_refused():
-    with pytest.raises(ValidationError, match="colour is no dimension"):
-        RewardSettings(weights={"colour": 1.0})
-    with pytest.raises(ValidationError, match="a sum above 0"):
-        RewardSettings(weights={"shape": 0.0})
+@given(texts, st.permutations(list(FACTS.items())))
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_facts_does_not_matter(text, items):
+    assert PLAIN.content(text, TRUE, CAPTION, dict(items)) == PLAIN.content(text, TRUE, CAPTION, FACTS)
 
 
-# plugins
-
-COLUMNS = {"reference": ["red-figure", "kylix"], "dimension": ["technique", "shape"], "facts": ["", ""]}
-
-
-def plugin(path: Path, text: str) -> RewardSettings:
-    path.write_text(text, encoding="utf-8")
-    return RewardSettings(format="plain", plugin=str(path))
-
-
-def test_ours_scores_by_columns():
-    found = reward_plugin.load_scorer(PLAIN)(["red-figure", "krater"], COLUMNS)
-    assert found == pytest.approx([1.1, -0.1])
-
-
-def test_a_users_plain_function_is_adapted(tmp_path):
-    text = "def external_vase_acc(responses, references):\n"
-    text += "    return [float(a == b) for a, b in zip(responses, references)]\n"
-    scorer = reward_plugin.load_scorer(plugin(tmp_path / "mine.py", text))
-    assert scorer([" red-figure ", "krater"], COLUMNS) == [1.0, 0.0]
+@given(texts, texts, st.sampled_from((*DIMENSIONS, CAPTION)), st.sampled_from([PLAIN, THINK]))
+@settings(max_examples=300, deadline=None)
+def test_any_text_has_a_reward(text, reference, dimension, reward):
+    facts = {"shape": reference, "decoration": reference, "attribution": reference, "dating": "500 BC"}
+    found = reward.content(text, reference, dimension, facts)
+    assert 0 <= found.base <= 1
+    assert all(0 <= value <= 1 for value in found.parts.values())
+    assert found.value == pytest.approx(found.base - found.penalty + found.bonus)
+    assert found.penalty in (0, 0.1) and found.bonus in (0, 0.1)
+    assert 0 <= reward.format(text) <= 1
+    for measure in (answers.anls, answers.bleu1, answers.lexical_overlap, answers.token_f1):
+        assert 0 <= measure(text, reference) <= 1
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "text",
     [
-        ("def external_vase_acc(responses, references):\n    return [1.0]\n", "1 rewards for 2 completions"),
-        ("def external_vase_acc(responses, references):\n    return [float('nan'), 1]\n", "the reward of 'a' is nan"),
-        ("def external_vase_acc(responses, references):\n    return ['much', 1]\n", "gave no numbers"),
-        ("import nowhere_to_be_found\n", "cannot be imported .ModuleNotFoundError"),
+        "x",
+        "中文",
+        "a ",
+        "<answer>",
+        "<think>",
+        "</answer>",
+        "1 to ",
+        "ca. ",
+        "- ",
+        "-1",
+        "1st ",
+        "公元前",
+        "(",
+        " ",
+        "\0",
+    ]
+    + ["\ud800", "<a", "amphora ", "first half of the ", "ﷺ", "between 5 and "],
+)
+def test_long_texts_are_fast(text):
+    text = text * (100_000 // len(text))
+    for reward in (PLAIN, THINK):
+        for dimension in (*DIMENSIONS, CAPTION):
+            start = time.perf_counter()
+            assert math.isfinite(reward.content(text, TRUE, dimension, FACTS).value)
+            assert 0 <= reward.format(text) <= 1
+            assert time.perf_counter() - start < 2, dimension  # 0.3 s at most here
+
+
+def test_an_answer_is_looked_at_up_to_its_stated_length():
+    filler = ", ".join(f"w{n}" for n in range(2000))
+    assert len(filler) > rewards.MAX_CHARACTERS
+    assert PLAIN.content(f"lekythos {filler}", TRUE, CAPTION, {"shape": "lekythos"}).base == 1
+    assert PLAIN.content(f"{filler} lekythos", TRUE, CAPTION, {"shape": "lekythos"}).base == 0
+    thought = f"<think>{filler}</think><answer>lekythos</answer>"
+    assert THINK.content(thought, "lekythos", "shape").base == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>It is tall.</think>\n<answer>amphora</answer>", 1),
+        ("  <think></think><answer>\namphora\n</answer>\n", 1),
+        ("<think>a</think><answer> </answer>", 0.5),
+        (f"<think>{'w ' * 99}</think><answer>{'w ' * 64}</answer>", 1),
+        (f"<think>a</think><answer>{'w ' * 65}</answer>", 0.5),
+        ("<think>a</think> so <answer>b</answer>", 0.5),
+        ("<answer>b</answer><think>a</think>", 0.5),
+        ("x<think>a</think><answer>b</answer>", 0.5),
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 0.25),
+        ("<think>a</think><answer>b", 0.375),
+        ("<think>a\0</think><answer>b</answer>", 1),
+        ("amphora", 0),
+        ("", 0),
     ],
 )
-def test_a_bad_plugin_is_named(tmp_path, text, said):
-    path = tmp_path / "mine.py"
-    with pytest.raises(KilnError, match=said) as error:
-        reward_plugin.load_scorer(plugin(path, text))(["a", "b"], COLUMNS)
-    assert str(path) in error.value.message and error.value.hint
+def test_the_format_think_answer(text, expected):
+    assert THINK.format(text) == expected
 
 
-def test_a_plugin_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(KilnError, match="no such file"):
-        reward_plugin.load_scorer(RewardSettings(plugin=str(tmp_path / "gone.py")))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("amphora", 1),
+        (" black-figure amphora\n", 1),
+        ("two\nlines", 0),
+        ("", 0),
+        (" \n", 0),
+        ("<answer>amphora</answer>", 0),
+        ("amphora</s>", 0),
+        ("1 < 2", 1),
+        ("w " * 64, 1),
+        ("w " * 65, 0),
+        ("瓶" * 65, 0),
+    ],
+)
+def test_the_format_plain(text, expected):
+    assert PLAIN.format(text) == expected
 
 
-@pytest.mark.slow
-def test_ms_swift_finds_ours_and_a_users_orm(tmp_path):
+def test_the_answer_is_extracted():
+    assert THINK.extract("<think>a</think> <answer> b </answer> c") == "b"
+    assert THINK.extract("<answer>a</answer><answer>b</answer>") == "b"
+    assert THINK.extract("<think>a</think><answer>b") == "b"
+    assert THINK.extract(" no tag ") == "no tag"
+    assert PLAIN.extract(" <answer>b</answer>\n") == "<answer>b</answer>"
+    assert THINK.content("<think>hydria?</think><answer>amphora</answer>", "amphora", "shape").value == 1.1
+
+
+def test_rows_that_are_none_are_named():
+    with pytest.raises(KilnError, match="'size' is unknown; these are fabric"):
+        PLAIN.content("a", "b", "size")
+    for facts in ("{", "[1]", '{"shape": 3}', {"shape": None}):
+        with pytest.raises(KilnError, match="expected an object of texts"):
+            PLAIN.content("a", "b", CAPTION, facts)
+
+
+# --- plugins ---
+
+CALL = {"reference": ["amphora", "amphora"], "dimension": ["shape", "shape"], "facts": ["", None]}
+SAID = ["<think>a</think><answer>amphora</answer>", "hydria"]
+FUNCTION = "def external_vase_acc(responses, references):\n    return [{} for a, b in zip(responses, references)]\n"
+IMPORTS = "from swift.rewards import ORM, AsyncORM, orms\n"
+CLASS = "class {}({}):\n    {}def __call__(self, completions, reference, **columns):\n        return {}\n"
+LENGTHS = "[len(a) + len(b) for a, b in zip(completions, reference)]"
+EXPECTED = [len(text) + 7 for text in SAID]
+
+
+def settings_of(folder: Path, source: str, name: str = "my_reward.py") -> RewardSettings:
+    (folder / name).write_text(source)
+    return RewardSettings(plugin=str(folder / name))
+
+
+def test_ours_without_a_trainer():
+    assert reward_plugin.load_scorer(RewardSettings())(SAID, CALL) == pytest.approx([1.1, -0.1])
+    for columns in ({}, {"reference": ["a"], "dimension": ["shape"] * 2}):
+        with pytest.raises(KilnError, match="2 completions, but (no|1) values of reference"):
+            reward_plugin.load_scorer(RewardSettings())(SAID, columns)
+
+
+def test_a_plain_function_needs_no_ms_swift(tmp_path):
+    values = settings_of(tmp_path, FUNCTION.format("len(a) + len(b)"))
+    code = (
+        "import sys; from scripts.vase import reward_plugin; from scripts.vase.settings import RewardSettings\n"
+        f"print(reward_plugin.load_scorer(RewardSettings(plugin={values.plugin!r}))({SAID!r}, {CALL!r}))\n"
+        "print([name for name in ('torch', 'swift') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str([float(one) for one in EXPECTED]), "[]"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        FUNCTION.format("len(a) + len(b)"),
+        IMPORTS + CLASS.format("Mine", "ORM", "", LENGTHS) + "orms['external_vase_acc'] = Mine\n",
+        IMPORTS + CLASS.format("external_vase_acc", "ORM", "", LENGTHS),
+        IMPORTS + CLASS.format("external_vase_acc", "AsyncORM", "async ", LENGTHS),
+    ],
+)
+def test_plugins_in_the_registry(source, tmp_path):
     from swift.rewards import orms
 
-    reward_plugin.register(PLAIN)
-    assert orms["external_vase_acc"]()(["red-figure", "krater"], **COLUMNS, images=[[], []]) == pytest.approx(
-        [1.1, -0.1]
-    )
-    assert orms["external_vase_format"]()(["red-figure", "two\nlines"], **COLUMNS) == [1, 0]
-    text = (
-        "from swift.rewards import ORM, orms\n"
-        "class Mine(ORM):\n"
-        "    def __call__(self, completions, reference=None, **columns):\n"
-        "        return [2.0 * (c == r) for c, r in zip(completions, reference)]\n"
-        "orms['external_vase_acc'] = Mine\n"
-    )
-    reward_plugin.register(plugin(tmp_path / "mine.py", text))
-    assert orms["external_vase_acc"]()(["red-figure", "krater"], **COLUMNS) == [2.0, 0.0]
-    del orms["external_vase_acc"]
-    with pytest.raises(KilnError, match="no external_vase_acc"):
-        reward_plugin.load_scorer(plugin(tmp_path / "empty.py", "x = 1\n"))
+    values = settings_of(tmp_path, source)
+    reward_plugin.register(values)
+    registered = dict(orms)
+    found = orms["external_vase_acc"](args=None)(completions=SAID, trainer_state=None, **CALL)
+    assert found == EXPECTED == reward_plugin.load_scorer(values)(SAID, CALL)
+    assert all(isinstance(one, float) for one in found)
+    assert orms["external_vase_format"](args=None)(completions=SAID, **CALL) == [1, 0]
+    assert dict(orms) == registered  # another load leaves it alone
+    reward_plugin.register(RewardSettings())
+    assert orms["external_vase_acc"](args=None)(SAID, **CALL) == pytest.approx([1.1, -0.1])
+
+
+def test_ms_swift_calls_the_registered_rewards():
+    import torch
+    from swift.rewards import orms
+    from swift.rl_core.data import GRPOSample
+    from swift.rl_core.grpo_algorithm import score_completions
+
+    reward_plugin.register(RewardSettings())
+    made = [orms[name](args=None) for name in ("external_vase_acc", "external_vase_format")]
+    rows = [dict(zip(CALL, one, strict=True)) for one in zip(*CALL.values(), strict=True)]
+    samples = [
+        GRPOSample(messages=[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}], extra=row)
+        for text, row in zip(SAID, rows, strict=True)
+    ]
+    table = score_completions(samples, made, [None, None], False, torch.device("cpu"))
+    assert table.flatten().tolist() == pytest.approx([1.1, 1.0, -0.1, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("def other():\n    pass\n", r"my_reward\.py: no external_vase_acc"),
+        ("external_vase_acc = 3\n", r"my_reward\.py: no external_vase_acc"),
+        ("import nothing_of_this_name\n", r"my_reward\.py: cannot be imported \(ModuleNotFoundError"),
+        ("def (\n", r"my_reward\.py: cannot be imported \(SyntaxError"),
+    ],
+)
+def test_plugins_that_cannot_be_used(source, says, tmp_path):
+    with pytest.raises(KilnError, match=says) as caught:
+        reward_plugin.load_scorer(settings_of(tmp_path, source))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("float('nan')", "gave nan; a reward must be a finite number"),
+        ("float('inf')", "gave inf"),
+        ("'0.5'", "gave '0.5'"),
+        ("None", "gave None"),
+        ("10 ** 400", "gave 1000"),
+    ],
+)
+def test_rewards_that_are_no_numbers(value, says, tmp_path):
+    scorer = reward_plugin.load_scorer(settings_of(tmp_path, FUNCTION.format(value)))
+    with pytest.raises(KilnError, match=rf"my_reward\.py: external_vase_acc {says}"):
+        scorer(SAID, CALL)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"), [("[1.0]", "gave 1 values for 2 completions"), ("0.5", "gave 0.5, expected 2 numbers")]
+)
+def test_a_wrong_number_of_rewards(made, says, tmp_path):
+    source = f"def external_vase_acc(responses, references):\n    return {made}\n"
+    with pytest.raises(KilnError, match=says):
+        reward_plugin.load_scorer(settings_of(tmp_path, source))(SAID, CALL)
+
+
+def test_a_plugin_that_is_missing(tmp_path):
+    for name in ("none.py", "folder", "reward.txt"):
+        with pytest.raises(KilnError, match="no such reward plugin"):
+            reward_plugin.load_scorer(RewardSettings(plugin=str(tmp_path / name)))

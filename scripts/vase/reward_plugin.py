@@ -1,110 +1,158 @@
-"""The rewards of GRPO in ms-swift's registry: ours, or a user's own.
+"""Our reward, or a user's in its place, in ms-swift's registry `orms` and as a plain function.
 
-`external_vase_acc` is the content reward, `external_vase_format` the format part. ms-swift hands an `ORM` the
-completions and, as lists of the same length, the columns of the dataset: here `reference`, `dimension` and `facts`.
+ms-swift calls a reward with the completions and, as keywords, every column of the data set: lists, one item for each
+completion. Ours reads the columns reference, dimension and facts.
 """
 
+import asyncio
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from scripts.common.errors import KilnError
 from scripts.vase.rewards import Reward
 from scripts.vase.settings import RewardSettings
 
 CONTENT, FORMAT = "external_vase_acc", "external_vase_format"
-Scorer = Callable[[Sequence[str], dict[str, list]], list[float]]
-
-
-def load_scorer(values: RewardSettings) -> Scorer:
-    """The content reward as a function of completions and columns {name: one value for each completion}.
-
-    Raises:
-        KilnError: a user's plugin cannot be loaded; or, when it is called, does not give one finite number each.
-    """
-    reward = Reward(values)
-    if values.plugin:
-        return _checked(_users(Path(values.plugin).expanduser(), reward), values.plugin)
-
-    def score(completions: Sequence[str], columns: dict[str, list]) -> list[float]:
-        rows = zip(completions, columns["reference"], columns["dimension"], columns["facts"], strict=True)
-        return [reward.content(*row).value for row in rows]
-
-    return score
+Scorer = Callable[[list[str], dict[str, list]], list[float]]
+_HINT = f"see {CONTENT} under `The reward` in docs/vase.md"
 
 
 def register(values: RewardSettings) -> None:
-    """Put both rewards into ms-swift's registry, under their names for `--reward_funcs`.
+    """Put `external_vase_acc`, the content, and `external_vase_format` into ms-swift's registry.
 
     Raises:
-        KilnError: see `load_scorer`.
+        KilnError: no usable `values.plugin`.
     """
     from swift.rewards import ORM, orms
 
-    scorer, reward = load_scorer(values), Reward(values)
+    make = _maker(values)
+    reward = Reward(values)
 
-    class ExternalVaseAcc(ORM):
+    class VaseContent(ORM):
+        def __init__(self, args=None, **kwargs):
+            super().__init__(args, **kwargs)
+            self.scorer = make(args)
+
         def __call__(self, completions, **columns) -> list[float]:
-            return scorer(completions, columns)
+            return self.scorer(completions, columns)
 
-    class ExternalVaseFormat(ORM):
-        def __call__(self, completions, **_) -> list[float]:
+    class VaseFormat(ORM):
+        def __call__(self, completions, **columns) -> list[float]:
             return [reward.format(text) for text in completions]
 
-    orms[CONTENT], orms[FORMAT] = ExternalVaseAcc, ExternalVaseFormat
+    orms[CONTENT], orms[FORMAT] = VaseContent, VaseFormat
 
 
-def _users(path: Path, reward: Reward) -> Scorer:
-    """What a user's file has: an ORM class in the registry or under the name, or a plain function of that name."""
-    module = _load(path)
-    found = getattr(module, CONTENT, None)
-    if found is None or inspect.isclass(found):
-        from swift.rewards import orms
+def load_scorer(values: RewardSettings) -> Scorer:
+    """The content reward without a trainer: (completions, {column: values}) -> one finite number each.
 
-        found = found or orms.get(CONTENT)
-        if found is None:
-            raise KilnError(
-                f"{path}: no {CONTENT}",
-                f"define a function {CONTENT}(responses, references), or an ORM: orms[{CONTENT!r}] = YourClass",
-            )
-        try:
-            orm = found(args=None)  # as ms-swift makes one
-        except TypeError:
-            orm = found()
-        return lambda completions, columns: orm(completions, **columns)
-    return lambda completions, columns: found([reward.extract(text) for text in completions], columns["reference"])
+    Raises:
+        KilnError: no usable `values.plugin`; when called, a missing column or rewards that are no numbers.
+    """
+    return _maker(values)(None)
+
+
+def _maker(values: RewardSettings) -> Callable[[Any], Scorer]:
+    """What makes a scorer from the trainer's arguments, or None."""
+    if values.plugin:
+        return _users(Path(values.plugin))
+    reward = Reward(values)
+
+    def score(completions: list[str], columns: dict[str, list]) -> list[float]:
+        references, dimensions = (_column(columns, name, len(completions)) for name in ("reference", "dimension"))
+        facts = columns.get("facts") or [""] * len(completions)
+        rows = zip(completions, references, dimensions, facts, strict=True)
+        return [reward.content(*row).value for row in rows]
+
+    return lambda args: score
+
+
+def _column(columns: dict[str, list], name: str, count: int) -> list:
+    found = columns.get(name)
+    if found is None or len(found) != count:
+        raise KilnError(
+            f"{CONTENT}: {count} completions, but {'no' if found is None else len(found)} values of {name}",
+            "make the rows by rule vase_build_dataset",
+        )
+    return found
+
+
+def _users(path: Path) -> Callable[[Any], Scorer]:
+    registry = _registry()
+    ours = registry.pop(CONTENT, None)
+    try:
+        module = _load(path)
+        registered = _registry().pop(CONTENT, None)
+    finally:
+        if ours is not None:
+            registry[CONTENT] = ours
+    found = registered or getattr(module, CONTENT, None)
+    if not callable(found):
+        raise KilnError(
+            f"{path}: no {CONTENT}; expected an ORM class, registered or of that name, or a function",
+            f"define {CONTENT}(responses, references) -> list of floats",
+        )
+
+    def make(args: Any) -> Scorer:
+        if registered or inspect.isclass(found):
+            orm = found(args=args)
+            return lambda completions, columns: _checked(path, orm(completions, **columns), len(completions))
+
+        def score(completions: list[str], columns: dict[str, list]) -> list[float]:
+            made = found(completions, _column(columns, "reference", len(completions)))
+            return _checked(path, made, len(completions))
+
+        return score
+
+    return make
+
+
+def _registry() -> dict[str, Any]:
+    """ms-swift's registry where it is imported already: a plugin without it should not wait for its import."""
+    return getattr(sys.modules.get("swift.rewards.orm"), "orms", {})
 
 
 def _load(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise KilnError(f"{path}: no such file (vase.reward.plugin)", "give the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"kiln_reward_{path.stem}", path)
-    if spec is None:
-        raise KilnError(f"{path}: not a Python file (vase.reward.plugin)", "give the path of a .py file")
+    if path.suffix != ".py" or not path.is_file():
+        raise KilnError(f"{path}: no such reward plugin", "vase.reward.plugin is the path of a .py file")
+    spec = importlib.util.spec_from_file_location(f"kiln_reward_plugin_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise KilnError(f"{path}: cannot be imported ({type(error).__name__}: {error})", "mend the plugin") from error
+        raise KilnError(f"{path}: cannot be imported ({type(error).__name__}: {error})", _HINT) from error
     return module
 
 
-def _checked(scorer: Scorer, plugin: str) -> Scorer:
-    def score(completions: Sequence[str], columns: dict[str, list]) -> list[float]:
-        try:
-            found = [float(value) for value in scorer(completions, columns)]
-        except (TypeError, ValueError) as error:
-            raise KilnError(f"{plugin}: the reward gave no numbers ({error})", "return a list of floats") from error
-        if len(found) != len(completions):
-            raise KilnError(
-                f"{plugin}: {len(found)} rewards for {len(completions)} completions", "return one number for each"
-            )
-        for text, value in zip(completions, found, strict=True):
-            if not math.isfinite(value):
-                raise KilnError(f"{plugin}: the reward of {text[:80]!r} is {value}", "return finite numbers")
-        return found
+def _checked(path: Path, made: Any, count: int) -> list[float]:
+    """The rewards that a plugin gave, as floats."""
+    if inspect.isawaitable(made):  # of an AsyncORM
+        made = asyncio.run(_wait(made))
+    try:
+        found = list(made)
+    except TypeError:
+        raise KilnError(f"{path}: {CONTENT} gave {made!r}, expected {count} numbers", _HINT) from None
+    if len(found) != count:
+        raise KilnError(f"{path}: {CONTENT} gave {len(found)} values for {count} completions", _HINT)
+    return [_number(path, one) for one in found]
 
-    return score
+
+async def _wait(made: Any) -> Any:
+    return await made
+
+
+def _number(path: Path, one: Any) -> float:
+    try:
+        value = math.nan if isinstance(one, str) else float(one)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise KilnError(f"{path}: {CONTENT} gave {one!r}; a reward must be a finite number", _HINT)
+    return value
