@@ -119,7 +119,8 @@ def test_a_setting_reruns_its_readers(finished_run, value, jobs):
 
 def test_messages_and_comments_of_training_rerun_nothing(copied):
     checkout, run = copied
-    edit(checkout / "scripts/busi/train_lora.py", "loss %.4f, lr", "the loss is %.4f, lr")
+    edit(checkout / "scripts/common/trainer_log.py", "loss %.4f%s, lr", "the loss is %.4f%s, lr")
+    edit(checkout / "scripts/busi/train_lora.py", "%d of %d parameters are trained", "%d of %d are trained")
     edit(checkout / "scripts/busi/lora.py", "    pattern = ", "    # a remark\n    pattern = ")
     assert workflow.planned(checkout, run, "busi") == {}
 
