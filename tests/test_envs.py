@@ -218,13 +218,17 @@ def test_settings_may_choose_an_environment():
 
 @pytest.mark.parametrize("name", RULES)
 def test_one_name_everywhere(name):
-    """Rule `vase_split`: script scripts/vase/split.py, logs below vase/split, benchmarks too."""
+    """Rule `vase_split`: script scripts/vase/split.py, logs below vase/split, benchmarks too.
+
+    Rules that do one thing to several models share its script: `vase_merge_sft` and `vase_merge_grpo`, `merge`.
+    """
     rule = RULES[name]
     pipeline, _, stem = name.partition("_")
     module = module_of(rule)
     if module:
         assert module.startswith(f"scripts.{pipeline}.")
-        assert module.split(".")[-1] == stem or module.split(".")[1:] == name.split("_")
+        script = module.split(".")[-1]
+        assert script == stem or stem.startswith(f"{script}_") or module.split(".")[1:] == name.split("_")
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
     for section, folder, ending in (("log", "LOGS", "log"), ("benchmark", "BENCHMARKS", "tsv")):
         place = re.search(rf"\{{{folder}\}}/([^\"]+)\.{ending}\"", rule.sections[section])

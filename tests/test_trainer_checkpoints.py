@@ -106,3 +106,11 @@ def test_out_of_time_saves_first_and_stops_after(tmp_path):
     control = keeper.on_save(Arguments(str(tmp_path)), State(), control)
     assert control.should_training_stop and keeper.out_of_time
     assert newest_complete(tmp_path).name == "checkpoint-1"
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
+    for number in (1, 2, 3, 4):
+        checkpoint(tmp_path, number, False)
+        complete(tmp_path / f"checkpoint-{number}", keep=1, best=2 if number >= 2 else 1)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert newest_complete(tmp_path).name == "checkpoint-4"

@@ -108,7 +108,8 @@ class WholeCheckpoints(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank has written its generators
         if state.is_world_process_zero:
-            complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), self.keep, state.best_global_step)
+            best = getattr(state, "best_global_step", None)  # older transformers do not know it
+            complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), self.keep, best)
         self.last_save = time.monotonic()
         if self.out_of_time:
             # not before the save: the Trainer would store it, and a resumed run would stop at once
