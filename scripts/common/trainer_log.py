@@ -47,7 +47,8 @@ def history(log_history: list[dict]) -> dict[str, list[dict]]:
     for row in log_history:
         side = "train" if "loss" in row else "validation" if "eval_loss" in row else None
         if side:
-            found[side].append({"step": row["step"], **_numbers(row)})
+            # in order of names: a state that was read back has another order than one that grew
+            found[side].append({"step": row["step"], **dict(sorted(_numbers(row).items()))})
     return found
 
 

@@ -137,6 +137,11 @@ def run(
         OutOfTime: the time budget is used up; the state is saved.
         KilnError: see `explained`.
     """
+    import swift  # slow, and it reads the environment
+
+    from scripts.vase import swift_hooks, swift_template
+
+    swift_hooks.set_up_logging()
     if processes() > 1:
         PartialState(cpu=on_cpu)  # starts the group of processes, which ms-swift then finds
     resumed = from_rank_0(newest_complete(folder) if rank() == 0 else None)
@@ -145,14 +150,9 @@ def run(
         step.log.info("resumed from %s", resumed)
     if resumed and step_of(resumed) == _max_steps(resumed):
         return artefacts.read_json(resumed / "trainer_state.json")
-    import swift  # slow, and it reads the environment
-
-    from scripts.vase import swift_hooks, swift_template
-
     keeper = WholeCheckpoints(values.save_total_limit, None, values.budget_minutes)
     shown = values.tracker if rank() == 0 else "none"
     writer = trackers.tracker(tracker_folder, shown, step_of(resumed) + 1 if resumed else 0)
-    swift_hooks.set_up_logging()
     swift_template.take_image_tokens_from_tokenizer()
     swift_hooks.register_callbacks(keeper, writer, values.logging_steps, f"lower {section}.lr, or set precision bf16")
     flags = flags_for(resumed) | {"disable_tqdm": not sys.stderr.isatty()}
