@@ -20,6 +20,9 @@ OUTPUTS (below {results}/vase/):
     describe_model/     README.md (the card), model/ (links to the final weights, the card beside them)
 
 STEPS: build the dataset, estimate memory, SFT, merge, check the reward, GRPO, merge, predict, evaluate, describe.
+
+Estimating memory comes early by its priority and is no input of the trainings: a setting of GRPO would retrain SFT.
+Checking the reward is one of GRPO's, and rerun by what reruns GRPO alone; hence its narrow code key.
 """
 
 VASE_BASE = model_folder(CONFIG.vase.vlm.model)
@@ -106,6 +109,7 @@ rule vase_estimate_memory:
         f"{LOGS}/vase/estimate_memory.log",
     benchmark:
         f"{BENCHMARKS}/vase/estimate_memory.tsv"
+    priority: 100
     conda:
         "../envs/vlm.yaml"
     threads: class_threads("light")
@@ -135,7 +139,6 @@ rule vase_train_sft:
     input:
         train=rules.vase_build_dataset.output.sft_train,
         validation=rules.vase_build_dataset.output.sft_validation,
-        memory=ancient(rules.vase_estimate_memory.output.memory),
         model=VASE_BASE_FILES,
     output:
         best=f"{VASE}/train_sft/best/files.json",
@@ -259,7 +262,7 @@ rule vase_check_reward:
         device=outside(CONFIG.device),
         launcher=outside(launcher("gpu_single")),
         settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
-        code=code_key("scripts.vase.check_reward"),
+        code=code_key("scripts.vase.reward_plugin"),
     message:
         "Check that rewards vary within groups of samples"
     shell:
@@ -281,8 +284,7 @@ rule vase_train_grpo:
     input:
         train=rules.vase_build_dataset.output.grpo_train,
         validation=rules.vase_build_dataset.output.grpo_validation,
-        check=ancient(rules.vase_check_reward.output.check),
-        memory=ancient(rules.vase_estimate_memory.output.memory),
+        check=rules.vase_check_reward.output.check,
         model=f"{VASE_SFT_MODEL}/files.json",
     output:
         last=f"{VASE}/train_grpo/last/files.json",
@@ -560,6 +562,7 @@ VASE_ASKED = CONFIG.vase.dataset.questions or CONFIG.vase.dataset.captions
 rule vase:
     input:
         rules.vase_images.input,
+        rules.vase_estimate_memory.output,
         rules.vase_evaluate.output,
         rules.vase_describe_model.output,
         [rules.vase_export_megatron.output.listing] if CONFIG.vase.megatron.export else [],
