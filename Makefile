@@ -14,7 +14,8 @@ DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-# The stamp holds the lock's checksum, so that a checkout of another commit reinstalls what differs.
+# The stamp holds the lock's checksum, so that a checkout of another commit reinstalls what differs. Bytecode is made
+# here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each step would compile its imports for 10 to 20 s.
 install: $(INSTALLED) ## the locked environment in .venv
 
 $(INSTALLED): $(LOCK)
@@ -22,7 +23,7 @@ $(INSTALLED): $(LOCK)
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || { echo "Error: the lock is for Linux x86_64, this is $$(uname -sm)."; echo "Hint: use a Linux machine or container."; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo "Hint: install your system's venv package (Debian: python3-venv)."; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet $$(grep '^uv==' $(LOCK))
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement $(LOCK)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $(LOCK)
 	@touch $@
 
 demo: install ## every rule on embedded data; ends with the headline numbers

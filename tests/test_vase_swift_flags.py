@@ -50,6 +50,10 @@ def test_the_published_grpo_script():
     assert "lora_rank" not in found
     assert values.save_total_limit == 10 and values.logging_steps == 1
     assert found["per_device_eval_batch_size"] % values.generations == 0
+    assert found["num_generations_eval"] == values.generations
+    fewer = GrpoSettings(eval_generations=3, eval_batch_size=8)
+    found = swift_flags.reward_flags(fewer, RewardSettings(), None)
+    assert (found["num_generations_eval"], found["per_device_eval_batch_size"]) == (3, 9)
     eight = flags(values, processes=8)
     assert eight["ddp_find_unused_parameters"] is False and eight["ddp_backend"] is None
 

@@ -281,6 +281,9 @@ class GrpoSettings(SwiftTrainSettings):
     workers: int = execution(1, ge=0, description="processes that read images")
     logging_steps: int = execution(1, gt=0, description="optimiser steps between two lines of the log")
     generations: int = Field(4, gt=1, description="completions of a prompt, which form a group")
+    eval_generations: int | None = Field(
+        None, gt=0, description="completions of a prompt in validation; null: as many as generations"
+    )
     iterations: int = Field(1, gt=0, description="updates per batch of completions")
     beta: float = Field(0.001, ge=0, description="weight of the KL term; 0 needs no reference model")
     temperature: float = Field(1.0, gt=0)

@@ -147,13 +147,15 @@ def training_flags(
 
 def reward_flags(values: GrpoSettings, reward: RewardSettings, system: Path | None) -> dict[str, Any]:
     """Flags of GRPO beside those of any training."""
+    eval_generations = values.eval_generations or values.generations
     flags = {
         "rlhf_type": "grpo",
         "reward_funcs": REWARDS,
         "reward_weights": (1.0, reward.format_weight),
         "num_generations": values.generations,
         # a batch of validation holds whole groups too; the published size of 1 was never used, for want of rows
-        "per_device_eval_batch_size": math.ceil(values.eval_batch_size / values.generations) * values.generations,
+        "per_device_eval_batch_size": math.ceil(values.eval_batch_size / eval_generations) * eval_generations,
+        "num_generations_eval": eval_generations,
         "num_iterations": values.iterations,
         "beta": values.beta,
         "temperature": values.temperature,
