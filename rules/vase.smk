@@ -21,7 +21,7 @@ OUTPUTS (below {results}/vase/):
     evaluate_filter/    metrics.json, where `truth` is set
 
 STEPS: inspect (by shard), list, split, train, classify (by shard), embed (by shard), score, choose a
-threshold, accept, select, audit, evaluate.
+threshold, accept, select, audit, evaluate. What leads to the classifier has priority: the longest chain starts there.
 """
 
 VASE = f"{RESULTS}/vase"
@@ -119,6 +119,7 @@ rule vase_list_labelled:
         f"{LOGS}/vase/list_labelled.log",
     benchmark:
         f"{BENCHMARKS}/vase/list_labelled.tsv"
+    priority: 50
     conda:
         "../envs/tables.yaml"
     threads: class_threads("cpu")
@@ -156,6 +157,7 @@ rule vase_split_labelled:
         f"{LOGS}/vase/split_labelled.log",
     benchmark:
         f"{BENCHMARKS}/vase/split_labelled.tsv"
+    priority: 50
     conda:
         "../envs/tables.yaml"
     threads: class_threads("light")
@@ -252,6 +254,7 @@ rule vase_train_classifier:
         f"{LOGS}/vase/train_classifier.log",
     benchmark:
         f"{BENCHMARKS}/vase/train_classifier.tsv"
+    priority: 50
     conda:
         "../envs/vision.yaml"
     threads: class_threads("gpu_single")
