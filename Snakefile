@@ -17,6 +17,7 @@ include: "rules/demo.smk"
 include: "rules/vase.smk"
 include: "rules/vase_vlm.smk"
 include: "rules/busi.smk"
+include: "rules/rae.smk"
 include: "rules/report.smk"
 
 
@@ -24,6 +25,7 @@ localrules:
     all,
     report,
     busi,
+    rae,
     vase,
     vase_images,
     vase_quality,

@@ -59,7 +59,9 @@ def _of_kind(kind, place, places):
     if place:
         return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), kind))
     values = {name: kiln_config.section(CONFIG, dotted) for name, dotted in places.items()}
-    return kiln_settings.to_json({n: kiln_settings.of_kind(v, kind) for n, v in values.items()})
+    sections = {n: v for n, v in values.items() if isinstance(v, kiln_settings.Settings)}
+    plain = {n: v for n, v in values.items() if n not in sections}  # single keys, which are numerics
+    return kiln_settings.to_json(plain | {n: kiln_settings.of_kind(v, kind) for n, v in sections.items()})
 
 
 def numerics(place=None, /, **places):

@@ -20,6 +20,7 @@ from scripts.common import settings
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 from scripts.demo.settings import DemoSettings
+from scripts.rae.settings import RaeSettings
 from scripts.vase.settings import VaseSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,7 @@ class Config(Settings):
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()
     busi: BusiSettings = BusiSettings()
+    rae: RaeSettings = RaeSettings()
 
 
 def load(given: Mapping[str, Any], user_file: Path) -> Config:

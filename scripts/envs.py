@@ -31,6 +31,7 @@ FAMILIES = {
     "clip": [*VISION, "open-clip-torch"],
     "vlm": VLM,
     "swift": [*VLM, "ms-swift", "msgspec", "open-clip-torch", "qwen-vl-utils", "rapidfuzz", "sacrebleu"],
+    "rae": [*VISION, "datasets", "lpips", "timm", "torch-fidelity", "transformers"],
     "deepspeed": VLM,
     "hulumed": [],
     "hulumed_deepspeed": [],

@@ -29,6 +29,7 @@ BASELINE_KINDS = frozenset(
         "before_filtering",
         "before_training",
         "before_grpo",
+        "shrunk_input",
         "shuffled_images",
         "local_only",
         "downsampled",

@@ -1,0 +1,344 @@
+"""
+Pipeline rae: image folders to a representation autoencoder for each encoder, and its rFID.
+
+REQUIRED INPUTS (config section `rae`):
+    images      folder with train/<class>/ and val/ (by class, or flat with a label file), or class folders alone
+    encoders    DINOv2, SigLIP2, SigLIP; `use` names those to build for
+    weights     VGG16 (LPIPS), DINO (discriminator), Inception (rFID)
+
+OUTPUTS (below {results}/rae/):
+    build_arrow/                     dataset/ for datasets.load_from_disk, quarantine.tsv, summary.json
+    compute_latent_stats/{encoder}/  stat.pt: mean and variance of clean latents
+    train_autoencoder/{encoder}/     autoencoder.safetensors (EMA decoder, statistics), metrics.json, loss.png
+    compute_reference_stats/         reference.safetensors: features of the validation pictures; the floor of scores
+    reconstruct/{encoder}/           features.safetensors, images.parquet, reconstructions.png
+    evaluate/{encoder}/              metrics.json: rFID, PSNR, SSIM, LPIPS
+
+STEPS: build the dataset, latent statistics, train, reference statistics, reconstruct, evaluate.
+"""
+
+RAE = f"{RESULTS}/rae"
+RAE_ENCODERS = {name: getattr(CONFIG.rae.encoders, name) for name in CONFIG.rae.use}
+RAE_ENCODER = "|".join(RAE_ENCODERS)
+RAE_FOLDERS = {name: model_folder(one.model) for name, one in RAE_ENCODERS.items()}
+RAE_ENCODER_FILES = {name: model_folder_files(one.model) for name, one in RAE_ENCODERS.items()}
+RAE_WEIGHTS = {  # option: file of each network that is only used
+    "vgg": CONFIG.rae.perceptual.weights,
+    "dino": None if CONFIG.rae.discriminator.recipe == "free" else CONFIG.rae.discriminator.weights,
+    "inception": None if CONFIG.rae.evaluate.extractor == "kiln-random" else CONFIG.rae.evaluate.inception,
+}
+RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
+RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
+RAE_TRAIN_CODE = (
+    "scripts.common.devices",
+    "scripts.rae.autoencoder_training",
+    "scripts.rae.checkpoints",
+)
+
+
+rule rae_build_arrow:
+    output:
+        listing=f"{RAE}/build_arrow/dataset/files.json",
+        quarantine=f"{RAE}/build_arrow/quarantine.tsv",
+        summary=f"{RAE}/build_arrow/summary.json",
+        meta=f"{RAE}/build_arrow/meta.json",
+    log:
+        f"{LOGS}/rae/build_arrow.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/build_arrow.tsv"
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        images=outside(CONFIG.rae.images),
+        execution=outside(execution("rae.dataset")),
+        state=outside(f"{STATE}/rae/build_arrow"),
+        settings=numerics("rae.dataset"),
+        code=code_key("scripts.rae.build_arrow"),
+        files=folder_digest(CONFIG.rae.images),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Build the Arrow dataset"
+    shell:
+        "{params.step} scripts.rae.build_arrow"
+        " --images {params.images:q}"
+        " --state-folder {params.state:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_compute_latent_stats:
+    input:
+        dataset=rules.rae_build_arrow.output.listing,
+        encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
+    output:
+        statistics=f"{RAE}/compute_latent_stats/{{encoder}}/stat.pt",
+        meta=f"{RAE}/compute_latent_stats/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/compute_latent_stats/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/compute_latent_stats/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads(CONFIG.rae.resources)
+    resources:
+        **class_resources(CONFIG.rae.resources),
+    params:
+        step=outside(STEP),
+        encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
+        execution=outside(execution(latent_stats="rae.latent_stats")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.rae.resources)),
+        state=outside(f"{STATE}/rae/compute_latent_stats"),
+        dataset=subpath(input.dataset, parent=True),
+        settings=lambda wildcards: numerics(
+            encoder=f"rae.encoders.{wildcards.encoder}", image_size="rae.image_size", latent_stats="rae.latent_stats"
+        ),
+        code=code_key("scripts.rae.compute_latent_stats"),
+    message:
+        "Compute the latent statistics of {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.rae.compute_latent_stats"
+        " --dataset {params.dataset:q}"
+        " --encoder {params.encoder:q}"
+        " --state-folder {params.state:q}/{wildcards.encoder}"
+        " --output {output.statistics:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_train_autoencoder:
+    input:
+        dataset=rules.rae_build_arrow.output.listing,
+        encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
+        statistics=rules.rae_compute_latent_stats.output.statistics,
+        weights=RAE_FILES["vgg"] + RAE_FILES["dino"],
+        init=[CONFIG.rae.autoencoder.init_from] if CONFIG.rae.autoencoder.init_from else [],
+    output:
+        weights=f"{RAE}/train_autoencoder/{{encoder}}/autoencoder.safetensors",
+        metrics=f"{RAE}/train_autoencoder/{{encoder}}/metrics.json",
+        loss=report(
+            f"{RAE}/train_autoencoder/{{encoder}}/loss.png",
+            caption="captions/rae_loss.rst",
+            category="rae",
+            labels={"step": "train_autoencoder", "encoder": "{encoder}", "picture": "loss"},
+        ),
+        meta=f"{RAE}/train_autoencoder/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/train_autoencoder/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/train_autoencoder/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads(CONFIG.rae.resources)
+    resources:
+        **class_resources(CONFIG.rae.resources),
+    params:
+        step=outside(STEP),
+        encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
+        execution=outside(execution(autoencoder="rae.autoencoder")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.rae.resources)),
+        state=outside(f"{STATE}/rae/train_autoencoder"),
+        dataset=subpath(input.dataset, parent=True),
+        vgg=outside(RAE_OPTIONS["vgg"]),
+        dino=outside(RAE_OPTIONS["dino"]),
+        tracker=outside(f"{LOGS}/rae/train_autoencoder"),
+        settings=lambda wildcards: numerics(
+            encoder=f"rae.encoders.{wildcards.encoder}",
+            image_size="rae.image_size",
+            decoder="rae.decoder",
+            perceptual="rae.perceptual",
+            discriminator="rae.discriminator",
+            autoencoder="rae.autoencoder",
+        ),
+        code=code_key(*RAE_TRAIN_CODE),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Train the autoencoder of {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.rae.train_autoencoder"
+        " --name {wildcards.encoder}"
+        " --dataset {params.dataset:q}"
+        " --encoder {params.encoder:q}"
+        " --statistics {input.statistics:q}"
+        " {params.vgg}"
+        " {params.dino}"
+        " --state-folder {params.state:q}/{wildcards.encoder}"
+        " --tracker-folder {params.tracker:q}/{wildcards.encoder}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_compute_reference_stats:
+    input:
+        dataset=rules.rae_build_arrow.output.listing,
+        inception=RAE_FILES["inception"],
+    output:
+        reference=f"{RAE}/compute_reference_stats/reference.safetensors",
+        shrunk=f"{RAE}/compute_reference_stats/shrunk.safetensors",
+        floor=f"{RAE}/compute_reference_stats/floor.json",
+        meta=f"{RAE}/compute_reference_stats/meta.json",
+    log:
+        f"{LOGS}/rae/compute_reference_stats.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/compute_reference_stats.tsv"
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads(CONFIG.rae.resources)
+    resources:
+        **class_resources(CONFIG.rae.resources),
+    params:
+        step=outside(STEP),
+        execution=outside(execution(evaluate="rae.evaluate")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.rae.resources)),
+        state=outside(f"{STATE}/rae/compute_reference_stats"),
+        dataset=subpath(input.dataset, parent=True),
+        inception=outside(RAE_OPTIONS["inception"]),
+        settings=numerics(image_size="rae.image_size", evaluate="rae.evaluate"),
+        code=code_key("scripts.rae.compute_reference_stats"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Compute the features of the validation pictures"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.rae.compute_reference_stats"
+        " --dataset {params.dataset:q}"
+        " {params.inception}"
+        " --state-folder {params.state:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_reconstruct:
+    input:
+        dataset=rules.rae_build_arrow.output.listing,
+        encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
+        checkpoint=rules.rae_train_autoencoder.output.weights,
+        weights=RAE_FILES["vgg"] + RAE_FILES["inception"],
+    output:
+        features=f"{RAE}/reconstruct/{{encoder}}/features.safetensors",
+        images=f"{RAE}/reconstruct/{{encoder}}/images.parquet",
+        sheet=report(
+            f"{RAE}/reconstruct/{{encoder}}/reconstructions.png",
+            caption="captions/rae_reconstructions.rst",
+            category="rae",
+            labels={"step": "reconstruct", "encoder": "{encoder}", "picture": "reconstructions"},
+        ),
+        meta=f"{RAE}/reconstruct/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/reconstruct/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/reconstruct/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads(CONFIG.rae.resources)
+    resources:
+        **class_resources(CONFIG.rae.resources),
+    params:
+        step=outside(STEP),
+        encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
+        execution=outside(execution(evaluate="rae.evaluate")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.rae.resources)),
+        state=outside(f"{STATE}/rae/reconstruct"),
+        dataset=subpath(input.dataset, parent=True),
+        vgg=outside(RAE_OPTIONS["vgg"]),
+        inception=outside(RAE_OPTIONS["inception"]),
+        settings=numerics(perceptual="rae.perceptual", evaluate="rae.evaluate"),
+        code=code_key("scripts.rae.reconstruct"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Reconstruct the validation pictures by {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.rae.reconstruct"
+        " --dataset {params.dataset:q}"
+        " --checkpoint {input.checkpoint:q}"
+        " --encoder {params.encoder:q}"
+        " {params.vgg}"
+        " {params.inception}"
+        " --state-folder {params.state:q}/{wildcards.encoder}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_evaluate:
+    input:
+        reference=rules.rae_compute_reference_stats.output.reference,
+        shrunk=rules.rae_compute_reference_stats.output.shrunk,
+        floor=rules.rae_compute_reference_stats.output.floor,
+        features=rules.rae_reconstruct.output.features,
+        images=rules.rae_reconstruct.output.images,
+    output:
+        metrics=f"{RAE}/evaluate/{{encoder}}/metrics.json",
+        meta=f"{RAE}/evaluate/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/evaluate/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/evaluate/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.rae.evaluate"),
+    message:
+        "Score the reconstructions by {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.rae.evaluate"
+        " --reference {input.reference:q}"
+        " --shrunk {input.shrunk:q}"
+        " --floor {input.floor:q}"
+        " --features {input.features:q}"
+        " --images {input.images:q}"
+        " --output {output.metrics:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae:
+    input:
+        expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),

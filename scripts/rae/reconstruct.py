@@ -1,0 +1,140 @@
+"""Reconstruct the validation split, and keep what the scores need: features, PSNR, SSIM, LPIPS, and a few pictures.
+
+Rule `rae_reconstruct`. Reconstructions go from the decoder straight into the statistics; none is written but those of
+the sheet. Killed at any moment, the same command carries on from whole parts and, on a CPU, ends with the same bytes.
+Under torchrun each process takes every n-th part.
+"""
+
+import argparse
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from scripts.common import devices, model_folders, sheets, step, tables
+from scripts.common.locks import writer_lock
+from scripts.common.settings import Settings, of_kind
+from scripts.common.training_state import fingerprint
+from scripts.rae import checkpoints, evaluation, fid, parts, pictures, quality
+from scripts.rae.extractors import load_extractor
+from scripts.rae.perceptual import Lpips
+from scripts.rae.quality import COLUMNS
+from scripts.rae.settings import EvaluateSettings, PerceptualSettings
+
+
+class ReconstructSettings(Settings):
+    """Settings of this step."""
+
+    perceptual: PerceptualSettings = PerceptualSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def reconstruct(
+    images: torch.Tensor, autoencoder: torch.nn.Module, lpips: Callable, accelerator
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(reconstructions uint8 [B,3,S,S], {column: [B] float64}) of uint8 images [B,3,S,S], all on the CPU but LPIPS."""
+    device = accelerator.device
+    with torch.inference_mode():
+        with accelerator.autocast():
+            made = autoencoder(images.to(device).float() / 255)
+        made = quality.to_uint8(made.float())
+        a, b = (x.to(device).float() / 127.5 - 1 for x in (made, images))
+        distance = lpips(a, b).double().cpu()
+    made = made.cpu()
+    return made, {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made), "lpips": distance}
+
+
+def _picture(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = step.parser(__doc__, ReconstructSettings)
+    step.add_device(made)
+    made.add_argument("--dataset", type=Path, required=True, help="dataset/ of rule rae_build_arrow")
+    made.add_argument("--checkpoint", type=Path, required=True, help="autoencoder.safetensors")
+    made.add_argument("--encoder", type=Path, required=True, help="folder of its encoder")
+    made.add_argument("--vgg", type=Path, help="VGG16 weights of LPIPS (.pth)")
+    made.add_argument("--inception", type=Path, help="weights of torch-fidelity's Inception (.pth)")
+    made.add_argument("--state-folder", type=Path, required=True, help="where finished parts lie meanwhile")
+    made.add_argument("--output-folder", type=Path, required=True, help="features.safetensors, images.parquet, ...")
+    run(made.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reconstruct what `args` name."""
+    values = step.read_settings(args)
+    own = values.evaluate
+    accelerator = devices.make_accelerator(args.device, own.precision, step.threads(args))
+    first = accelerator.is_main_process
+    if not first:
+        step.log.setLevel(logging.WARNING)
+    inputs = {"dataset": args.dataset / "files.json", "checkpoint": args.checkpoint}
+    inputs |= model_folders.identity(args.encoder)
+    inputs |= {name: path for name, path in (("vgg", args.vgg), ("inception", args.inception)) if path}
+    record = step.record(args, "scripts.rae.reconstruct", values, inputs)
+    autoencoder, facts = checkpoints.load(args.checkpoint, args.encoder)
+    autoencoder.to(accelerator.device)
+    lpips = Lpips(args.vgg, values.perceptual.backbone).to(accelerator.device)
+    extractor = load_extractor(own.extractor, args.inception, accelerator.device)
+    split = evaluation.open_validation(args.dataset, facts.image_size, own.max_images)
+    origin = evaluation.origin(split, extractor)
+    hashes = {name: one["sha256"] for name, one in record.inputs.items()}
+    folder = args.state_folder / fingerprint(of_kind(values, "numerics"), hashes, record.code)
+    rows = parts.rows_of_parts(len(split.pictures), own.images_per_part)
+    files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
+
+    def build(part: range, file: Path) -> None:
+        statistics = fid.FeatureStatistics(extractor.dim, origin)
+        found: dict[str, list] = {name: [] for name in COLUMNS}
+        for images in pictures.batches(split.pictures, part, own.batch_size, own.workers):
+            made, scores = reconstruct(images, autoencoder, lpips, accelerator)
+            statistics.add(extractor(made))
+            for name in COLUMNS:
+                found[name].append(scores[name].numpy())
+        table = pd.DataFrame({"row": list(part), **{name: np.concatenate(one) for name, one in found.items()}})
+        tables.write_table(file.with_suffix(".parquet"), table, ["row"])
+        statistics.save(file)
+
+    with writer_lock(folder, owner="reconstructions") if first else contextlib.nullcontext():
+        parts.make(rows, files, build, accelerator, "parts of reconstructions")
+        if first:
+            write(args, split, own, files, autoencoder, lpips, accelerator, record)
+    if first:
+        shutil.rmtree(args.state_folder, ignore_errors=True)
+
+
+def write(args, split: evaluation.Split, own: EvaluateSettings, files, autoencoder, lpips, accelerator, record) -> None:
+    """Put the parts together, draw the sheet, and write all outputs."""
+    out = args.output_folder
+    outputs = [out / name for name in ("features.safetensors", "images.parquet", "reconstructions.png")]
+    fid.merge([fid.FeatureStatistics.load(file) for file in files]).save(outputs[0])
+    table = pd.concat([tables.read_table(file.with_suffix(".parquet"), ["row", *COLUMNS]) for file in files])
+    table = table.assign(path=[split.names[row] for row in table["row"]], label=[split.labels[r] for r in table["row"]])
+    tables.write_table(outputs[1], table[["row", "path", "label", *COLUMNS]], ["row"])
+    shown = np.linspace(0, len(split.pictures) - 1, min(own.sheet, len(split.pictures))).astype(int)
+    images = torch.stack([split.pictures[int(row)][0] for row in shown])
+    made, scores = reconstruct(images, autoencoder, lpips, accelerator)
+    originals, results = [], []
+    for i, row in enumerate(shown):
+        name = Path(split.names[row]).name
+        originals.append(sheets.Tile(_picture(images[i]), name))
+        results.append(sheets.Tile(_picture(made[i]), f"{scores['psnr'][i]:.1f} dB"))
+    title = f"Reconstructions of {len(table)} validation pictures: {len(shown)} of them"
+    lines = []
+    for start in range(0, len(shown), 8):
+        lines += [("original", originals[start : start + 8]), ("reconstruction", results[start : start + 8])]
+    sheets.contact_sheet(outputs[2], lines, title, caption_lines=1)
+    means = {name: round(float(table[name].mean()), 4) for name in COLUMNS}
+    step.log.info("%d reconstructions: %s", len(table), means)
+    record.write(args.meta, outputs, items=len(table))
+
+
+if __name__ == "__main__":
+    step.run(main)

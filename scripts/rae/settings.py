@@ -1,0 +1,188 @@
+"""Settings of pipeline `rae`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from scripts.common.settings import Settings, execution
+
+
+class DatasetSettings(Settings):
+    """How raw images become the Arrow dataset."""
+
+    source: Literal["folders", "arrow", "hub"] = Field(
+        "folders",
+        description="folders: class folders of images; arrow: a folder that datasets.load_from_disk reads, used as it "
+        "is; hub: a data set of the Hugging Face hub",
+    )
+    train_split: str = Field("train", min_length=1, description="folder, or split of an Arrow folder, to train on")
+    validation_split: str | None = Field(
+        None, description="that to validate on; null: validation or val, and without them a share cut from train"
+    )
+    labels: str | None = Field(
+        None, description="of a flat validation folder: a file of lines `name label`, by class folder or its index"
+    )
+    train_share: float = Field(0.95, gt=0, lt=1, description="of each class, where validation is cut from train")
+    seed: int = Field(42, ge=0, description="of that cut")
+    images_per_shard: int = Field(2000, gt=0)
+    max_pixels: int = Field(89_478_485, gt=0, description="larger images are quarantined as decompression bombs")
+    verify: Literal["headers", "full"] = Field(
+        "headers",
+        description="headers: header, size and end marker of each image; full: every image is decoded, too, "
+        "which finds damage inside PNGs; JPEG decoders pass over it",
+    )
+    processes: int = execution(8, ge=1, description="processes that read and check images, one shard each")
+
+
+class EncoderSettings(Settings):
+    """A frozen encoder; its width, patch and grid are read from the model itself."""
+
+    model: str = Field(description="a name in config/models.csv, or a folder that transformers loads")
+    input_size: int = Field(gt=0, description="side in pixels of what it sees; a multiple of its patch")
+
+
+class DecoderSettings(Settings):
+    """The trained decoder, a ViT; its patch follows from `rae.image_size` and the encoder's grid."""
+
+    size: Literal["ViT-B", "ViT-L", "ViT-XL", "free"] = Field("ViT-XL", description="free: the four numbers below")
+    layers: int = Field(4, gt=0, description="of a free size")
+    width: int = Field(128, gt=0, multiple_of=4, description="of a free size")
+    mlp: int = Field(512, gt=0, description="of a free size")
+    heads: int = Field(4, gt=0, description="of a free size")
+
+    @model_validator(mode="after")
+    def _whole_heads(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class LatentStatsSettings(Settings):
+    """Mean and variance of clean latents over the train split, from centre crops."""
+
+    flip: bool = Field(True, description="take in each image and its mirror image, as published runs do at random")
+    batch_size: int = Field(256, gt=0, description="it enters the last digits")
+    images_per_part: int = Field(10_000, gt=0, description="images whose moments are kept apart, and resumed from")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: int = execution(8, ge=0, description="processes that decode images")
+
+
+class PerceptualSettings(Settings):
+    """LPIPS."""
+
+    weights: str | None = Field(
+        "vgg16-imagenet1k-v1", description="VGG16 in torchvision's layout: a name in config/models.csv or a .pth file"
+    )
+    backbone: tuple[int, ...] | None = Field(
+        None, description="in place of VGG16: widths of a small stack with random weights; not comparable"
+    )
+
+
+class DiscriminatorSettings(Settings):
+    """The discriminator: light heads over a frozen DINO ViT."""
+
+    recipe: Literal["S_8", "S_16", "B_16", "free"] = Field("S_8", description="free: the six values below, random")
+    weights: str | None = Field(
+        "dino-vit-small-patch8-224", description="of S_8, S_16, B_16: a name in config/models.csv or a .pth file"
+    )
+    kernel: int = Field(9, gt=0, description="odd width of the heads' second convolution")
+    norm: Literal["bn", "gn"] = Field("bn", description="bn: per-sample statistics over tokens; gn: 32 groups")
+    cutout: float = Field(0.0, ge=0, le=1, description="DiffAugment's box, as a share of the sides; 0 is off")
+    augment_prob: float = Field(1.0, ge=0, le=1, description="of each kind of DiffAugment, once per batch")
+    patch: int = Field(8, gt=0, description="of a free recipe")
+    dim: int = Field(32, gt=0, description="of a free recipe")
+    depth: int = Field(3, gt=0, description="of a free recipe")
+    heads: int = Field(2, gt=0, description="of a free recipe")
+    taps: tuple[int, ...] = Field((0, 2), description="of a free recipe: blocks whose tokens heads read")
+    size: int = Field(64, gt=0, description="of a free recipe: side that images are resized to")
+
+
+class AutoencoderSettings(Settings):
+    """Stage 1: L1 + LPIPS + adaptive hinge GAN on a frozen encoder's noisy latents (arXiv:2510.11690)."""
+
+    tau: float = Field(0.8, ge=0, description="greatest standard deviation of the latents' noise, U(0, tau) per sample")
+    epochs: int = Field(16, gt=0)
+    batch_size: int = Field(512, gt=0, description="images per optimiser step over all processes")
+    accumulation: int = Field(1, gt=0, description="forward passes per optimiser step")
+    lr: float = Field(2e-4, gt=0)
+    final_lr: float = Field(2e-5, ge=0, description="of the cosine's last step")
+    warmup_epochs: float = Field(1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    discriminator_lr: float = Field(2e-4, gt=0)
+    ema_decay: float = Field(0.9978, gt=0, lt=1)
+    clip_grad: float = Field(0.0, ge=0, description="greatest norm of the decoder's gradient; 0 is off")
+    lpips_weight: float = Field(1.0, ge=0)
+    lpips_start: int = Field(0, ge=0, description="first epoch with LPIPS, counted from 0")
+    gan_weight: float = Field(0.75, ge=0, description="times the adaptive weight")
+    gan_start: int = Field(8, ge=0, description="first epoch whose generator loss counts")
+    discriminator_start: int = Field(6, ge=0, description="first epoch in which the discriminator learns")
+    init_from: str | None = Field(None, description="an autoencoder's EMA decoder to start from (.safetensors or .pt)")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
+    compile: bool = Field(False, description="torch.compile of encoder and decoder")
+    deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
+    seed: int = Field(42, ge=0)
+    workers: int = execution(8, ge=0, description="processes that decode images")
+    save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
+    budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+
+    @model_validator(mode="after")
+    def _whole_steps(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+        if self.gan_start < self.discriminator_start:
+            raise ValueError(
+                f"gan_start {self.gan_start} must not be before discriminator_start {self.discriminator_start}: "
+                "the generator would learn from a discriminator that never did"
+            )
+        if not self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """Scores on the validation split."""
+
+    extractor: Literal["inception-v3-compat", "kiln-random"] = Field(
+        "inception-v3-compat", description="of rFID's features; kiln-random is for trials, not comparable"
+    )
+    inception: str | None = Field(
+        "inception-v3-compat", description="its weights: a name in config/models.csv or a .pth file"
+    )
+    max_images: int | None = Field(None, gt=1, description="score these many alone; null: all, as the paper does")
+    batch_size: int = Field(64, gt=0)
+    images_per_part: int = Field(2000, gt=0, description="images whose scores are kept apart, and resumed from")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sheet: int = Field(16, gt=0, description="pictures of the sheet beside their reconstructions")
+    workers: int = execution(8, ge=0, description="processes that decode images")
+
+
+class EncodersSettings(Settings):
+    """The encoders that `rae.use` may name."""
+
+    dinov2: EncoderSettings = EncoderSettings(model="dinov2-with-registers-base", input_size=224)
+    siglip2: EncoderSettings = EncoderSettings(model="siglip2-base-patch16-256", input_size=256)
+    siglip_so400m: EncoderSettings = Field(
+        EncoderSettings(model="siglip-so400m-patch14-384", input_size=378),
+        description="SigLIP, version 1, at 378 pixels, the largest multiple of its patch below 384",
+    )
+
+
+class RaeSettings(Settings):
+    """Pipeline `rae`: image folders to a representation autoencoder and its rFID."""
+
+    images: str = Field("data/imagenet", description="folder with train/ and val/, or class folders alone")
+    dataset: DatasetSettings = DatasetSettings()
+    use: list[Literal["dinov2", "siglip2", "siglip_so400m"]] = Field(
+        ["dinov2", "siglip2"], min_length=1, description="encoders to build autoencoders for"
+    )
+    encoders: EncodersSettings = EncodersSettings()
+    image_size: int = Field(256, gt=0, description="side in pixels of the pictures; a multiple of each encoder's grid")
+    decoder: DecoderSettings = DecoderSettings()
+    latent_stats: LatentStatsSettings = LatentStatsSettings()
+    perceptual: PerceptualSettings = PerceptualSettings()
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    resources: Literal["gpu_single", "gpu_node"] = execution("gpu_node", description="class of the rules with a model")
