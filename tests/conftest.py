@@ -36,10 +36,14 @@ def _has_gpu() -> bool:
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and say so.
 
-    Files with slow tests come first, so that of several processes none ends long after the others.
+    The slowest files come first, so that of several processes none ends long after the others: a slow test counts
+    one minute, or those of `slow(minutes=...)`.
     """
-    slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
+    minutes: dict[Path, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        minutes[item.path] = minutes.get(item.path, 0) + (mark.kwargs.get("minutes", 1) if mark else 0)
+    items.sort(key=lambda item: -minutes[item.path])
     marked = {name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "realdata")}
     reasons = {}
     if marked["gpu"] and not _has_gpu():

@@ -13,7 +13,7 @@ from vase_fixtures import ROOT, write
 from scripts.common import artefacts
 from scripts.demo.vases import SIDES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=20)
 SEEDS = (1, 2, 3)
 DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
 
