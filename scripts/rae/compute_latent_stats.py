@@ -6,16 +6,13 @@ torchrun each process takes every n-th part.
 """
 
 import argparse
-import contextlib
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from scripts.common import devices, model_folders, step
-from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import arrow, latent_stats, parts, pictures
@@ -68,16 +65,15 @@ def run(args: argparse.Namespace) -> None:
     crops = arrow.Pictures(dataset, pictures.CentreCrop(values.image_size))
     encoder = Encoder(args.encoder, values.encoder.input_size).to(accelerator.device)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
-    folder = args.state_folder / fingerprint(of_kind(values, "numerics"), hashes, record.code)
-    rows = parts.rows_of_parts(len(dataset), own.images_per_part)
-    files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
+    key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
 
     def build(part: range, file: Path) -> None:
         images = pictures.batches(crops, part, own.batch_size, own.workers)
         moments_of(images, encoder, own.flip, accelerator).save(file)
 
-    with writer_lock(folder, owner="latent statistics") if first else contextlib.nullcontext():
-        parts.make(rows, files, build, accelerator, "parts of latents")
+    with parts.built(
+        args.state_folder, key, len(dataset), own.images_per_part, build, accelerator, "latent statistics"
+    ) as files:
         if first:
             total = latent_stats.merge([latent_stats.Moments.load(file) for file in files])
             latent_stats.write_statistics(args.output, total.mean, total.variance())
@@ -86,8 +82,6 @@ def run(args: argparse.Namespace) -> None:
                 total.count, list(total.mean.shape), total.mean.mean(), total.variance().mean().sqrt(),
             )  # fmt: skip
             record.write(args.meta, [args.output], items=total.count)
-    if first:
-        shutil.rmtree(args.state_folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

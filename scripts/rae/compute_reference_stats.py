@@ -7,9 +7,7 @@ torchrun each process takes every n-th part.
 """
 
 import argparse
-import contextlib
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import torch
 from torch.nn.functional import interpolate
 
 from scripts.common import artefacts, devices, step
-from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import evaluation, fid, latent_stats, parts, pictures, quality
@@ -66,9 +63,7 @@ def run(args: argparse.Namespace) -> None:
     split = evaluation.open_validation(args.dataset, values.image_size, own.max_images)
     origin = evaluation.origin(split, extractor)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
-    folder = args.state_folder / fingerprint(of_kind(values, "numerics"), hashes, record.code)
-    rows = parts.rows_of_parts(len(split.pictures), own.images_per_part)
-    files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
+    key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
 
     def build(part: range, file: Path) -> None:
         found = {kind: fid.FeatureStatistics(extractor.dim, origin) for kind in ("reference", "shrunk")}
@@ -81,12 +76,11 @@ def run(args: argparse.Namespace) -> None:
         pixels.save(_beside(file, "pixels"))
         found["reference"].save(file)
 
-    with writer_lock(folder, owner="reference statistics") if first else contextlib.nullcontext():
-        parts.make(rows, files, build, accelerator, "parts of the reference")
+    with parts.built(
+        args.state_folder, key, len(split.pictures), own.images_per_part, build, accelerator, "the reference"
+    ) as files:
         if first:
             write(args, split, own, files, record)
-    if first:
-        shutil.rmtree(args.state_folder, ignore_errors=True)
 
 
 def _beside(file: Path, kind: str) -> Path:

@@ -1,23 +1,34 @@
 """Work on a split in parts of its rows: each whole or absent, so that a killed run carries on, for any processes."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scripts.common import progress
+from scripts.common.locks import writer_lock
 
 
-def rows_of_parts(items: int, per_part: int) -> list[range]:
-    """Rows of each part, in order; the last may be smaller."""
-    return [range(start, min(start + per_part, items)) for start in range(0, items, per_part)]
+@contextlib.contextmanager
+def built(
+    state: Path, key: str, items: int, per_part: int, build: Callable[[range, Path], None], accelerator, name: str
+) -> Iterator[list[Path]]:
+    """The parts' files, in the order of parts, once all processes have built theirs; removed after the block.
 
-
-def make(parts: Sequence[range], files: Sequence[Path], build: Callable[[range, Path], None], accelerator, name: str):
-    """Let this process `build(rows, file)` its share of the parts that are not there; returns when all have theirs.
-
-    `build` must write `file` whole or not at all, and last.
+    Args:
+        state: folder of this step's states; parts lie below it in `key`, which must name all that decides them.
+        items, per_part: rows of the split and of each part; the last may have fewer.
+        build: (rows, file) writes `file` whole or not at all, and last.
     """
-    accelerator.wait_for_everyone()
-    own = range(accelerator.process_index, len(parts), accelerator.num_processes)
-    for number in progress.bar([n for n in own if not files[n].is_file()], name):
-        build(parts[number], files[number])
-    accelerator.wait_for_everyone()
+    folder, first = state / key, accelerator.is_main_process
+    rows = [range(start, min(start + per_part, items)) for start in range(0, items, per_part)]
+    files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
+    with writer_lock(folder, owner=name) if first else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        own = range(accelerator.process_index, len(rows), accelerator.num_processes)
+        for number in progress.bar([n for n in own if not files[n].is_file()], f"parts of {name}"):
+            build(rows[number], files[number])
+        accelerator.wait_for_everyone()
+        yield files
+    if first:
+        shutil.rmtree(state, ignore_errors=True)

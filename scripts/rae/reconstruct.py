@@ -6,9 +6,7 @@ Under torchrun each process takes every n-th part.
 """
 
 import argparse
-import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import torch
 from PIL import Image
 
 from scripts.common import devices, model_folders, sheets, step, tables
-from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import checkpoints, evaluation, fid, parts, pictures, quality
@@ -86,9 +83,7 @@ def run(args: argparse.Namespace) -> None:
     split = evaluation.open_validation(args.dataset, facts.image_size, own.max_images)
     origin = evaluation.origin(split, extractor)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
-    folder = args.state_folder / fingerprint(of_kind(values, "numerics"), hashes, record.code)
-    rows = parts.rows_of_parts(len(split.pictures), own.images_per_part)
-    files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
+    key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
 
     def build(part: range, file: Path) -> None:
         statistics = fid.FeatureStatistics(extractor.dim, origin)
@@ -102,12 +97,11 @@ def run(args: argparse.Namespace) -> None:
         tables.write_table(file.with_suffix(".parquet"), table, ["row"])
         statistics.save(file)
 
-    with writer_lock(folder, owner="reconstructions") if first else contextlib.nullcontext():
-        parts.make(rows, files, build, accelerator, "parts of reconstructions")
+    with parts.built(
+        args.state_folder, key, len(split.pictures), own.images_per_part, build, accelerator, "reconstructions"
+    ) as files:
         if first:
             write(args, split, own, files, autoencoder, lpips, accelerator, record)
-    if first:
-        shutil.rmtree(args.state_folder, ignore_errors=True)
 
 
 def write(args, split: evaluation.Split, own: EvaluateSettings, files, autoencoder, lpips, accelerator, record) -> None:
