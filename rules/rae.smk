@@ -29,14 +29,14 @@ RAE_WEIGHTS = {  # option: file of each network that is only used
 }
 RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
 RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
-RAE_TRAIN_CODE = (
-    "scripts.common.devices",
-    "scripts.rae.autoencoder_training",
-    "scripts.rae.checkpoints",
-)
+RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
+RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
 
 
 rule rae_build_arrow:
+    input:
+        labels=[CONFIG.rae.dataset.labels] if CONFIG.rae.dataset.labels else [],
+        arrow=[] if RAE_IN_FOLDERS else sorted(map(str, Path(CONFIG.rae.images).glob("*/state.json"))),
     output:
         listing=f"{RAE}/build_arrow/dataset/files.json",
         quarantine=f"{RAE}/build_arrow/quarantine.tsv",
@@ -58,7 +58,7 @@ rule rae_build_arrow:
         state=outside(f"{STATE}/rae/build_arrow"),
         settings=numerics("rae.dataset"),
         code=code_key("scripts.rae.build_arrow"),
-        files=folder_digest(CONFIG.rae.images),
+        files=folder_digest(CONFIG.rae.images) if RAE_IN_FOLDERS else [],
         folder=subpath(output.meta, parent=True),
     message:
         "Build the Arrow dataset"

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import workflow
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import (
@@ -290,3 +291,34 @@ def test_two_processes_equal_one(data, trained, tmp_path):
                           text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "stat.pt").read_bytes() == (data / "siglip2.pt").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_path):
+    encoder = {"model": str(data / "siglip2"), "input_size": INPUT["siglip2"]}
+    config = tmp_path / "config.json"
+    rae = {
+        **TRAIN, "images": str(data / "images"), "use": ["siglip2"], "encoders": {"siglip2": encoder},
+        "dataset": {"images_per_shard": 30}, "latent_stats": {"batch_size": 16, "workers": 0},
+        "evaluate": EVALUATE, "resources": "gpu_single",
+    }  # fmt: skip
+    one = {"threads": 1, "mem_mb": 1000}
+    classes = dict.fromkeys(("light", "cpu", "gpu_single"), one)
+    config.write_text(json.dumps({"results": "results", "device": "cpu", "resources": classes, "rae": rae}))
+    wanted = ["rae", "--configfile", str(config)]
+
+    def planned(*more: str) -> dict[str, int]:
+        return workflow.planned(ROOT, tmp_path, *wanted, *more)
+
+    steps = ("build_arrow", "compute_latent_stats", "compute_reference_stats", "evaluate", "reconstruct")
+    assert planned() == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder"), 1)
+    workflow.run(ROOT, tmp_path, *wanted)
+    metrics = json.loads((tmp_path / "results/rae/evaluate/siglip2/metrics.json").read_text())
+    assert metrics["summary"]["rfid"]["n"] == 20
+    assert not list((tmp_path / "results/state/rae").rglob("*.safetensors"))
+    assert planned() == {}
+    scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1}
+    assert planned("--config", "set=rae.evaluate.max_images=10") == scoring
+    assert planned("--config", "set=rae.evaluate.workers=2 rae.autoencoder.save_minutes=1") == {}
+    rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
+    assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1}
