@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from vase_fixtures import ROOT, error_of, files_below, picture
@@ -189,6 +189,7 @@ def test_without_a_validation_folder_a_share_of_each_class_is_cut_from_train(tmp
     assert stored(other["validation"]).keys() != validation.keys()
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     share=st.floats(0.05, 0.95),
