@@ -153,16 +153,13 @@ def file_digest(path):
     return sha256_file(Path(path)) if path and Path(path).is_file() else None
 
 
+DRAWN = ("draw_vases", "draw_ultrasound", "draw_digits")
+
+
 def drawn(path):
     """An input function: what must be made before a folder or table of the demo can be read; else nothing."""
-
-    def wait(wildcards):
-        if path and path.startswith(f"{RESULTS}/demo/draw_ultrasound/"):
-            return [checkpoints.demo_draw_ultrasound.get().output.listing]
-        ours = path and path.startswith(f"{RESULTS}/demo/draw_vases/")
-        return [checkpoints.demo_draw_vases.get().output.listing] if ours else []
-
-    return wait
+    name = next((one for one in DRAWN if path and path.startswith(f"{RESULTS}/demo/{one}/")), None)
+    return lambda wildcards: [getattr(checkpoints, f"demo_{name}").get().output.listing] if name else []
 
 
 def once_drawn(path, function):

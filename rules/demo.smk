@@ -8,6 +8,8 @@ OUTPUTS:
     {results}/demo/train_clip/   a small CLIP that open_clip loads as local-dir:
     {results}/demo/draw_ultrasound/   images/ in class folders with masks, published/, planted.parquet
     {results}/demo/train_vlm/         a small Qwen2.5-VL, trained on coloured shapes
+    {results}/demo/draw_digits/       images/ in ten class folders: handwritten digits among shapes
+    {results}/demo/initialise_encoder/{encoder}/   a small DINOv2 and SigLIP2 with random weights
 
 Drawing is a checkpoint: which files there are is known, and sharded, only when it is done.
 """
@@ -134,6 +136,69 @@ rule demo_train_vlm:
         "Train the demo's small vision-language model on coloured shapes"
     shell:
         "{params.step} scripts.demo.train_vlm"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+checkpoint demo_draw_digits:
+    output:
+        listing=f"{DEMO}/draw_digits/files.json",
+        meta=f"{DEMO}/draw_digits.meta.json",
+    log:
+        f"{LOGS}/demo/draw_digits.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/draw_digits.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.digits"),
+        code=code_key("scripts.demo.draw_digits"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Draw the demo's pictures of digits among shapes"
+    shell:
+        "{params.step} scripts.demo.draw_digits"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_initialise_encoder:
+    output:
+        listing=f"{DEMO}/initialise_encoder/{{encoder}}/files.json",
+        meta=f"{DEMO}/initialise_encoder/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/demo/initialise_encoder/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/initialise_encoder/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder="dinov2|siglip2",
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        settings=lambda wildcards: numerics(f"demo.encoders.{wildcards.encoder}"),
+        code=code_key("scripts.demo.initialise_encoder"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Initialise the demo's small {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.demo.initialise_encoder"
+        " --name {wildcards.encoder}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"

@@ -35,6 +35,7 @@ RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
 
 rule rae_build_arrow:
     input:
+        images=drawn(CONFIG.rae.images),
         labels=[CONFIG.rae.dataset.labels] if CONFIG.rae.dataset.labels else [],
         arrow=[] if RAE_IN_FOLDERS else sorted(map(str, Path(CONFIG.rae.images).glob("*/state.json"))),
     output:

@@ -169,6 +169,14 @@ def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
 
 
+def write_listing(folder: Path) -> list[Path]:
+    """Write `files.json` of all files below `folder`, by their relative paths; those files, sorted."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listing = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
+    (folder / "files.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    return files
+
+
 def recorded_hash(path: Path) -> str | None:
     """The sha256 of `path` as the step that made it recorded it, without reading `path` again.
 

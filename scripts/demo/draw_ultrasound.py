@@ -8,7 +8,6 @@ that pays no heed to twins; `planted.parquet` (first, second, kind, conflict), a
 
 import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -139,11 +138,7 @@ def write_demo(folder: Path, values: UltrasoundSettings, processes: int) -> int:
         pairs += [_pair(*two) for two in itertools.combinations(members, 2)]
     tables.write_table(folder / "planted.parquet", _planted(pairs), ["first", "second"])
     _write_published(folder / "published", sorted(paths), values)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": artefacts.sha256_file(p)} for p in files
-    }
-    (folder / "files.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    artefacts.write_listing(folder)
     return len(paths)
 
 

@@ -8,7 +8,6 @@ settings give equal bytes.
 """
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,12 +96,7 @@ def write_demo(folder: Path, values: DrawSettings, processes: int) -> int:
     tables.write_table(folder / "vases.parquet", pd.DataFrame(vases), ["vase"])
     artefacts.write_json(folder / "published/captions.json", published_captions(truth))
     artefacts.write_json(folder / "published/questions.json", published_questions(truth))
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": artefacts.sha256_file(p)} for p in files
-    }
-    (folder / "files.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-    return sum(path.suffix == ".jpg" for path in files)
+    return sum(path.suffix == ".jpg" for path in artefacts.write_listing(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

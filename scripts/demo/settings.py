@@ -103,6 +103,32 @@ class UltrasoundSettings(Settings):
     published_test: float = Field(0.2, gt=0, lt=1, description="test share of the leaky split that goes with them")
 
 
+class DigitsSettings(Settings):
+    """The pictures of handwritten digits among drawn shapes, a class folder for each digit."""
+
+    seed: int = Field(0, ge=0)
+    pictures: int = Field(1797, gt=0, le=1797, description="of scikit-learn's 1,797 digits, one in each")
+    image_size: int = Field(64, ge=32, description="square pictures, in pixels")
+
+
+class EncoderModelSettings(Settings):
+    """A frozen encoder with random weights, in the real class."""
+
+    seed: int = Field(0, ge=0)
+    input_size: int = Field(gt=0, description="side in pixels; a multiple of patch")
+    patch: int = Field(gt=0, description="side in pixels")
+    width: int = Field(96, gt=0, description="of the latents; a multiple of heads")
+    layers: int = Field(2, gt=0)
+    heads: int = Field(4, gt=0)
+
+
+class DemoEncodersSettings(Settings):
+    """The demo's encoders; both have a grid of 8 x 8 patches."""
+
+    dinov2: EncoderModelSettings = EncoderModelSettings(input_size=56, patch=7)
+    siglip2: EncoderModelSettings = EncoderModelSettings(input_size=64, patch=8)
+
+
 class DemoSettings(Settings):
     """The embedded demo."""
 
@@ -110,3 +136,5 @@ class DemoSettings(Settings):
     clip: DemoClipSettings = DemoClipSettings()
     vlm: DemoVlmSettings = DemoVlmSettings()
     ultrasound: UltrasoundSettings = UltrasoundSettings()
+    digits: DigitsSettings = DigitsSettings()
+    encoders: DemoEncodersSettings = DemoEncodersSettings()
