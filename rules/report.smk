@@ -15,7 +15,8 @@ rule report_summarise:
     input:
         vase=VASE_METRICS,
         busi=rules.busi_evaluate.output.metrics,
-        targets=[VASE_TARGETS, rules.busi.input],
+        rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+        targets=[VASE_TARGETS, rules.busi.input, rules.rae.input],
     output:
         summary=f"{RESULTS}/summary.json",
         meta=f"{RESULTS}/summary.meta.json",
@@ -37,6 +38,7 @@ rule report_summarise:
         "{params.step} scripts.report.summarise"
         " --vase {input.vase:q}"
         " --busi {input.busi:q}"
+        " --rae {input.rae:q}"
         " --output {output.summary:q}"
         " --code-key {params.code}"
         " --threads {threads}"

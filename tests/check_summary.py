@@ -16,6 +16,10 @@ WANTED = {
     ("vase", "image_grounding"): ("shuffled_images", 0.0, 0.20),
     ("vase", "grpo_reward"): ("before_grpo", 0.0, 0.0),
     ("busi", "balanced_accuracy"): ("chance", 0.60, 0.0),
+    ("rae", "dinov2_psnr"): ("constant", 0.0, 3.0),
+    ("rae", "siglip2_psnr"): ("constant", 0.0, 3.0),
+    ("rae", "dinov2_rfid"): ("shrunk_input", 0.0, 0.0),
+    ("rae", "siglip2_rfid"): ("shrunk_input", 0.0, 0.0),
 }
 # technique is a matter of colours: what is shown there is that the model looks at its own picture
 MAY_BE_EASY = {"vase.image_grounding"}

@@ -117,7 +117,7 @@ class EncoderModelSettings(Settings):
     seed: int = Field(0, ge=0)
     input_size: int = Field(gt=0, description="side in pixels; a multiple of patch")
     patch: int = Field(gt=0, description="side in pixels")
-    width: int = Field(96, gt=0, description="of the latents; a multiple of heads")
+    width: int = Field(192, gt=0, description="of the latents; a multiple of heads")
     layers: int = Field(2, gt=0)
     heads: int = Field(4, gt=0)
 
