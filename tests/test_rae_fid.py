@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import tempfile
-import unittest.mock
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rae_fixtures
 import scipy.linalg
 import torch
 import torch_fidelity
@@ -459,19 +459,7 @@ def extracted(extractor, images, batch):
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """Inception weights that no one trained; He-normal, as default ones make all features alike."""
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    own = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
-    with (
-        unittest.mock.patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {}),
-        unittest.mock.patch.object(own, "load_state_dict", lambda *_, **__: None),
-    ):
-        model = own("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.save(model.state_dict(), path)
+    path = rae_fixtures.inception_weights(tmp_path_factory.mktemp("inception") / "inception.pth")
     yield path
     path.unlink()
 

@@ -115,8 +115,7 @@ def group_count(images: int) -> int:
     """
     if images < 4:
         raise KilnError(
-            f"{images} images: without half of them none of their scores has an interval; expected 4 or more",
-            "give more images",
+            f"{images} images are too few for an interval of their distance; expected 4 or more", "give more images"
         )
     return min(GROUPS, images // 2)
 

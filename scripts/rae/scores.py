@@ -48,7 +48,7 @@ def score(reference: Path, reconstructions: Path, name: str) -> dict:
         "warnings": fid.warnings(*whole),
         "features": {
             "extractor": origin.extractor, "weights": origin.weights, "reference_images": origin.images,
-            "preprocessing": origin.preprocessing,
+            "preprocessing": origin.preprocessing, "split": origin.split, "n": counts[1],
         },
     }  # fmt: skip
 
