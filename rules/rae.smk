@@ -10,7 +10,7 @@ OUTPUTS (below {results}/rae/):
     build_arrow/                     dataset/ for datasets.load_from_disk, quarantine.tsv, summary.json
     compute_latent_stats/{encoder}/  stat.pt: mean and variance of clean latents
     train_autoencoder/{encoder}/     autoencoder.safetensors (EMA decoder, statistics), metrics.json, loss.png
-    compute_reference_stats/         reference.safetensors: features of the validation pictures; the floor of scores
+    compute_reference_stats/         features of the validation pictures and of poor copies; floor.json
     reconstruct/{encoder}/           features.safetensors, images.parquet, reconstructions.png
     evaluate/{encoder}/              metrics.json: rFID, PSNR, SSIM, LPIPS
 
@@ -201,6 +201,7 @@ rule rae_compute_reference_stats:
     output:
         reference=f"{RAE}/compute_reference_stats/reference.safetensors",
         shrunk=f"{RAE}/compute_reference_stats/shrunk.safetensors",
+        colour=f"{RAE}/compute_reference_stats/colour.safetensors",
         floor=f"{RAE}/compute_reference_stats/floor.json",
         meta=f"{RAE}/compute_reference_stats/meta.json",
     log:
@@ -304,6 +305,7 @@ rule rae_evaluate:
     input:
         reference=rules.rae_compute_reference_stats.output.reference,
         shrunk=rules.rae_compute_reference_stats.output.shrunk,
+        colour=rules.rae_compute_reference_stats.output.colour,
         floor=rules.rae_compute_reference_stats.output.floor,
         features=rules.rae_reconstruct.output.features,
         images=rules.rae_reconstruct.output.images,
@@ -318,21 +320,21 @@ rule rae_evaluate:
         encoder=RAE_ENCODER,
     conda:
         "../envs/rae.yaml"
-    threads: class_threads("light")
+    threads: class_threads("cpu")
     resources:
-        **class_resources("light"),
+        **class_resources("cpu"),
     params:
         step=outside(STEP),
-        code=code_key("scripts.rae.evaluate"),
+        reference=subpath(input.reference, parent=True),
+        reconstructions=subpath(input.features, parent=True),
+        code=code_key("scripts.rae.scores"),
     message:
         "Score the reconstructions by {wildcards.encoder}"
     shell:
         "{params.step} scripts.rae.evaluate"
-        " --reference {input.reference:q}"
-        " --shrunk {input.shrunk:q}"
-        " --floor {input.floor:q}"
-        " --features {input.features:q}"
-        " --images {input.images:q}"
+        " --name {wildcards.encoder}"
+        " --reference {params.reference:q}"
+        " --reconstructions {params.reconstructions:q}"
         " --output {output.metrics:q}"
         " --code-key {params.code}"
         " --threads {threads}"

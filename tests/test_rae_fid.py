@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import unittest.mock
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rae_fixtures
 import scipy.linalg
 import torch
 import torch_fidelity
@@ -18,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch_fidelity import feature_extractor_inceptionv3, metric_fid
 
+from scripts.common import statistics
 from scripts.common.errors import KilnError
-from scripts.rae import crops, extractors, fid, quality
+from scripts.rae import crops, extractors, fid, parts, quality
 
 ORIGIN = fid.Origin("a" * 64, "validation", "ADM centre crop 256, uint8", "inception-v3-compat", "b" * 64)
 
@@ -112,7 +114,7 @@ def test_saved_statistics_come_back_whole(tmp_path):
         (text,) = handle.metadata().values()
     facts = json.loads(text)
     assert text == json.dumps(facts, sort_keys=True)
-    assert facts == {"n": 50} | dataclasses.asdict(made.origin)
+    assert facts == {"n": [50]} | dataclasses.asdict(made.origin)
     loaded.add(torch.from_numpy(draw(10, seed=3)))
     assert loaded.count == 60
 
@@ -129,10 +131,15 @@ def test_damaged_statistics_are_refused(tmp_path):
     save_file({"mean": made.mean, "scatter": made.scatter}, path)
     with pytest.raises(KilnError, match="kiln"):
         fid.FeatureStatistics.load(path)
-    facts = json.dumps({"n": 50} | dataclasses.asdict(ORIGIN))
-    for wrong in ({"scatter": made.scatter[:, :3].clone()}, {"mean": made.mean.float()}):
-        save_file({"mean": made.mean, "scatter": made.scatter} | wrong, path, metadata={"kiln": facts})
-        with pytest.raises(KilnError, match="expected .D. and .D,D. float64"):
+    good = {"mean": made.mean[None], "scatter": made.scatter[None], "n": [50]}
+    for wrong in (
+        {"scatter": good["scatter"][:, :, :3].clone()}, {"mean": good["mean"].float()}, {"mean": made.mean},
+        {"n": [50, 50]}, {"n": [-1]},
+    ):  # fmt: skip
+        tensors = good | wrong
+        facts = json.dumps({"n": tensors.pop("n")} | dataclasses.asdict(ORIGIN))
+        save_file(tensors, path, metadata={"kiln": facts})
+        with pytest.raises(KilnError, match="expected .G,D. and .G,D,D. float64"):
             fid.FeatureStatistics.load(path)
 
 
@@ -230,6 +237,119 @@ def test_warnings_name_each_departure_from_the_protocol():
     other = fid.FeatureStatistics(24, ORIGIN)
     other.count = 49_999
     assert "n = 49999 and 50000" in fid.warnings(whole, other)[0]
+
+
+# ---- groups and the jackknife
+
+
+def dealt(features, groups, **origin):
+    """Statistics of the groups of [n,D]: row r is of group r modulo `groups`."""
+    return [gather(features[group::groups], 16, **origin) for group in range(groups)]
+
+
+def slow_distance(a, b):
+    """The published formula on features [n,D] themselves."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    return ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+
+
+def reconstructed(originals, seed):
+    """Features of something like `originals`."""
+    noise = np.random.default_rng(seed).normal(size=originals.shape)
+    return 0.9 * originals + 0.3 * noise + 0.2
+
+
+def test_the_jackknife_leaves_each_group_out_of_both_sides():
+    a = draw(107, dim=6)
+    b, groups = reconstructed(a, 1), 7
+    value, left_out = fid.distance_with_leave_outs(dealt(a, groups), dealt(b, groups), "a test")
+    rows = np.arange(len(a))
+    expected = [slow_distance(a[rows % groups != g], b[rows % groups != g]) for g in range(groups)]
+    assert value == pytest.approx(slow_distance(a, b), rel=1e-9)
+    np.testing.assert_allclose(left_out, expected, rtol=1e-8)
+    error, (low, high) = statistics.jackknife_interval(value, left_out, least=0)
+    variance = sum((x - sum(expected) / groups) ** 2 for x in expected) * (groups - 1) / groups
+    assert error == pytest.approx(variance**0.5, rel=1e-6)
+    quantile = 2.4469118511449692  # of Student's t with 6 degrees of freedom at 0.975, from a table
+    assert (low, high) == pytest.approx((value - quantile * error, value + quantile * error), rel=1e-6)
+
+
+def test_intervals_hold_the_distance_of_so_many_pictures():
+    """Gaussian features: of 200 samples, the interval holds the mean distance at that n in about 95 of 100."""
+    n, found = 300, []
+    for seed in range(200):
+        a = np.random.default_rng(seed).normal(size=(n, 4))
+        b = reconstructed(a, seed + 1000)
+        value, left_out = fid.distance_with_leave_outs(dealt(a, 10), dealt(b, 10), "a test")
+        found.append((value, *statistics.jackknife_interval(value, left_out, least=0)[1]))
+    values, low, high = np.array(found).T
+    held = ((low <= values.mean()) & (values.mean() <= high)).mean()
+    assert 0.88 < held <= 0.99
+    assert (high - low).mean() < 8 * values.std()
+
+
+def test_an_interval_does_not_pass_its_least_value():
+    assert statistics.jackknife_interval(0.5, [0.0, 1.0, 2.0], least=0)[1][0] == 0
+    assert statistics.jackknife_interval(-1e-9, [-1e-9, -1e-9], least=0) == (0, (0, 0))
+    with pytest.raises(KilnError, match="at least two"):
+        statistics.jackknife_interval(1.0, [1.0])
+
+
+def test_groups_have_two_pictures_each():
+    assert [fid.group_count(n) for n in (4, 5, 6, 19, 20, 21, 50_000)] == [2, 2, 3, 9, 10, 10, 10]
+    with pytest.raises(KilnError, match="3 images.*expected 4 or more"):
+        fid.group_count(3)
+
+
+def test_saved_groups_come_back_whole(tmp_path):
+    groups = dealt(draw(23), 3)
+    fid.save_groups(tmp_path / "g.safetensors", groups)
+    loaded = fid.load_groups(tmp_path / "g.safetensors")
+    assert [one.count for one in loaded] == [8, 8, 7]
+    assert all(
+        torch.equal(x.scatter, y.scatter) and torch.equal(x.mean, y.mean) for x, y in zip(loaded, groups, strict=True)
+    )
+    whole = fid.FeatureStatistics.load(tmp_path / "g.safetensors")
+    np.testing.assert_allclose(whole.covariance(), gather(draw(23)).covariance(), rtol=1e-9, atol=1e-12)
+
+
+def test_groups_of_other_sizes_do_not_compare():
+    with pytest.raises(KilnError, match=r"\[5, 5\] and \[6, 5\] images"):
+        fid.distance_with_leave_outs(dealt(draw(10), 2), dealt(draw(11), 2), "a test")
+
+
+class OneOf:
+    """What `parts.built` asks of an accelerator, for a process of several that work one after the other."""
+
+    def __init__(self, process_index, num_processes):
+        self.process_index, self.num_processes = process_index, num_processes
+        self.is_main_process = process_index == 0
+
+    def wait_for_everyone(self):
+        pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 7), st.integers(1, 4))
+def test_parts_deal_every_row_to_its_group_whatever_the_processes(items, per_part, groups, processes):
+    groups = min(groups, items)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def build(part, file):
+            assert file not in rows and 0 < len(part) <= per_part
+            rows[file] = list(part)
+
+        for index in reversed(range(processes)):
+            with parts.built(
+                Path(folder), "key", items, per_part, build, OneOf(index, processes), "a test", groups
+            ) as files:
+                pass
+    assert set(files) == set(rows)
+    for group in range(groups):
+        together = [row for file in files[group::groups] for row in rows[file]]
+        assert together == list(range(group, items, groups))
 
 
 # ---- PSNR and SSIM
@@ -339,19 +459,7 @@ def extracted(extractor, images, batch):
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """Inception weights that no one trained; He-normal, as default ones make all features alike."""
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    own = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
-    with (
-        unittest.mock.patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {}),
-        unittest.mock.patch.object(own, "load_state_dict", lambda *_, **__: None),
-    ):
-        model = own("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.save(model.state_dict(), path)
+    path = rae_fixtures.inception_weights(tmp_path_factory.mktemp("inception") / "inception.pth")
     yield path
     path.unlink()
 

@@ -139,10 +139,8 @@ def scored(data: Path, name: str, folder: Path, out: Path, **changes) -> dict:
          *common(out / "2.json", {"perceptual": PERCEPTUAL, "evaluate": values})]
     )  # fmt: skip
     evaluate.main(
-        ["--reference", str(out / "reference/reference.safetensors"), "--floor", str(out / "reference/floor.json"),
-         "--shrunk", str(out / "reference/shrunk.safetensors"), "--output", str(out / "metrics.json"),
-         "--features", str(out / "reconstruct/features.safetensors"), "--meta", str(out / "3.json"),
-         "--images", str(out / "reconstruct/images.parquet")]
+        ["--name", name, "--reference", str(out / "reference"), "--reconstructions", str(out / "reconstruct"),
+         "--output", str(out / "metrics.json"), "--meta", str(out / "3.json")]
     )  # fmt: skip
     return json.loads((out / "metrics.json").read_text())
 
@@ -172,8 +170,14 @@ def test_from_folders_to_scores(data, trained, tmp_path, name):
     assert "discriminator" not in metrics["history"][3] and "discriminator" in metrics["history"][4]
     assert "gan" not in metrics["history"][5] and 0 <= last["adaptive_weight"] <= 1e4
     made = scored(data, name, trained[name], tmp_path)
-    summary = made["summary"]
+    summary = {metric.removeprefix(f"{name}_"): one for metric, one in made["summary"].items()}
     assert set(summary) == {"psnr", "ssim", "lpips", "rfid"} and all(one["n"] == 20 for one in summary.values())
+    assert (summary["psnr"]["baseline_kind"], summary["rfid"]["baseline_kind"]) == ("constant", "shrunk_input")
+    low, high = summary["rfid"]["ci95"]
+    assert 0 <= low < summary["rfid"]["value"] < high and summary["rfid"]["groups"] == 10
+    assert summary["rfid"]["trivial"] > 0 and 5 < summary["psnr"]["trivial"] < 40
+    low, high = summary["rfid"]["difference"]["ci95"]
+    assert low < summary["rfid"]["value"] - summary["rfid"]["baseline"] < high
     assert any("random features, not comparable" in line for line in made["warnings"])
     assert any("not the paper's protocol (n = 20" in line for line in made["warnings"])
     table = pd.read_parquet(tmp_path / "reconstruct/images.parquet")
@@ -187,7 +191,9 @@ def test_scores_do_not_depend_on_batches_or_parts(data, trained, tmp_path):
     made = [scored(data, "siglip2", trained["siglip2"], tmp_path / str(size), batch_size=size, images_per_part=part)
             ["summary"] for size, part in ((16, 20), (3, 7))]  # fmt: skip
     for name in ("psnr", "ssim", "lpips", "rfid"):
-        assert made[0][name]["value"] == pytest.approx(made[1][name]["value"], abs=1e-3, rel=1e-3), name
+        assert made[0][f"siglip2_{name}"]["value"] == pytest.approx(
+            made[1][f"siglip2_{name}"]["value"], abs=1e-3, rel=1e-3
+        ), name
 
 
 def test_perfect_reconstructions_have_no_distance(data, trained, tmp_path):
@@ -314,7 +320,7 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     assert planned() == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder"), 1)
     workflow.run(ROOT, tmp_path, *wanted)
     metrics = json.loads((tmp_path / "results/rae/evaluate/siglip2/metrics.json").read_text())
-    assert metrics["summary"]["rfid"]["n"] == 20
+    assert metrics["summary"]["siglip2_rfid"]["n"] == 20
     assert not list((tmp_path / "results/state/rae").rglob("*.safetensors"))
     assert planned() == {}
     scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1}

@@ -100,6 +100,35 @@ def paired_difference_interval(
     return bootstrap_interval(a - b, "mean", groups, n_resamples, seed, level)
 
 
+def jackknife_interval(
+    value: float, left_out: ArrayLike, level: float = 0.95, least: float = -math.inf
+) -> tuple[float, tuple[float, float]]:
+    """(standard error, interval) of a statistic, from its values with one of G groups of items left out each.
+
+    Delete-a-group jackknife (Kott 2001, Journal of Official Statistics 17(4); Wu 1986, Annals of Statistics 14(4)):
+    the variance is (G-1)/G times the sum of squared deviations of the G values from their mean, and the interval
+    value +- t times its root, t the quantile of Student's distribution with G-1 degrees of freedom. It is of the
+    statistic of so many items, and thus keeps any bias that the statistic has at that number.
+
+    Args:
+        left_out: (G,) finite values, G >= 2; the groups are of like size and dealt by chance or in turn.
+        level: share of such intervals that hold the statistic's expectation, in (0, 1).
+        least: the interval is cut off below it.
+
+    Raises:
+        KilnError: fewer than two groups, or a value that is not finite.
+    """
+    from scipy.stats import t
+
+    values = finite(left_out, "left_out", ndim=1)
+    _, groups = units(None, len(values))
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} is not between 0 and 1")
+    error = float(np.sqrt((groups - 1) / groups * np.square(values - values.mean()).sum()))
+    half = float(t.ppf((1 + level) / 2, groups - 1)) * error
+    return error, (max(least, value - half), max(least, value + half))
+
+
 def metric(
     value: float,
     n: int,

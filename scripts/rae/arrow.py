@@ -22,6 +22,7 @@ from scripts.common import artefacts, images
 from scripts.common.errors import KilnError
 from scripts.common.images import ImageError
 
+VALIDATION = ("validation", "val")
 BATCH_ROWS = 100
 BATCH_BYTES = 2**28  # far below the 2 GiB that 32-bit offsets reach
 NO_LIMIT = 2**62  # over-large images were quarantined when the dataset was built

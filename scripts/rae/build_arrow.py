@@ -27,10 +27,9 @@ from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind, to_json
 from scripts.rae import arrow
-from scripts.rae.arrow import Picture
+from scripts.rae.arrow import VALIDATION, Picture
 from scripts.rae.settings import DatasetSettings
 
-VALIDATION = ("validation", "val")
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 

@@ -2,16 +2,15 @@
 
 Rule `rae_compute_reference_stats`. An artefact of its own, which carries the hash of the list of pictures, the
 preprocessing and the extractor. The poor copies are the floor of the scores: pictures made 8 times smaller and large
-again, and one constant picture, the mean. Killed at any moment, the same command carries on from whole parts. Under
-torchrun each process takes every n-th part.
+again, and each picture's mean colour; the floor of PSNR is one constant picture, the mean of all. Killed at any moment,
+the same command carries on from whole parts. Under torchrun each process takes every n-th part.
 """
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
@@ -19,7 +18,7 @@ from scripts.common import artefacts, devices, step
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import evaluation, fid, latent_stats, parts, pictures, quality
-from scripts.rae.extractors import load_extractor
+from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.settings import EvaluateSettings
 
 SHRINK = 8
@@ -37,6 +36,16 @@ def shrunk(images: torch.Tensor) -> torch.Tensor:
     side = images.shape[-1]
     small = interpolate(images.float() / 255, size=max(1, side // SHRINK), mode="area")
     return quality.to_uint8(interpolate(small, size=side, mode="bicubic", align_corners=False))
+
+
+def mean_colour(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B,3,S,S], all pixels of each picture set to the picture's mean colour: uint8."""
+    return quality.to_uint8(images.double().mean(dim=(2, 3), keepdim=True) / 255).expand_as(images)
+
+
+COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "reference": lambda images: images, "shrunk": shrunk, "colour": mean_colour
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,47 +70,63 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.rae.compute_reference_stats", values, inputs)
     extractor = load_extractor(own.extractor, args.inception, accelerator.device)
     split = evaluation.open_validation(args.dataset, values.image_size, own.max_images)
-    origin = evaluation.origin(split, extractor)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
+    outputs = compute(split, own, extractor, accelerator, args.state_folder, key, args.output_folder)
+    if first:
+        record.write(args.meta, outputs, items=len(split.pictures))
 
-    def build(part: range, file: Path) -> None:
-        found = {kind: fid.FeatureStatistics(extractor.dim, origin) for kind in ("reference", "shrunk")}
-        pixels = latent_stats.Moments((3, values.image_size, values.image_size))
-        for images in pictures.batches(split.pictures, part, own.batch_size, own.workers):
-            found["reference"].add(extractor(images))
-            found["shrunk"].add(extractor(shrunk(images)))
+
+def compute(
+    split: evaluation.Split,
+    own: EvaluateSettings,
+    extractor: Extractor,
+    accelerator,
+    state: Path,
+    key: str,
+    out: Path,
+) -> list[Path]:
+    """The outputs in folder `out`, which the first process writes; parts lie meanwhile in `state`, below `key`."""
+    groups, origin = fid.group_count(len(split.pictures)), evaluation.origin(split, extractor)
+    outputs = [out / f"{kind}.safetensors" for kind in COPIES] + [out / "floor.json"]
+
+    def build(rows: range, file: Path) -> None:
+        found = {kind: fid.FeatureStatistics(extractor.dim, origin) for kind in COPIES}
+        pixels = latent_stats.Moments((3, split.image_size, split.image_size))
+        for images in pictures.batches(split.pictures, rows, own.batch_size, own.workers):
+            for kind, copy in COPIES.items():
+                found[kind].add(extractor(copy(images)))
             pixels.add(images)
-        found["shrunk"].save(_beside(file, "shrunk"))
         pixels.save(_beside(file, "pixels"))
-        found["reference"].save(file)
+        for kind in reversed(COPIES):
+            found[kind].save(_beside(file, kind))
 
     with parts.built(
-        args.state_folder, key, len(split.pictures), own.images_per_part, build, accelerator, "the reference"
+        state, key, len(split.pictures), own.images_per_part, build, accelerator, "the reference", groups
     ) as files:
-        if first:
-            write(args, split, own, files, record)
+        if accelerator.is_main_process:
+            for kind, output in zip(COPIES, outputs, strict=False):
+                fid.save_groups(output, fid.merge_parts([_beside(file, kind) for file in files], groups))
+            mean = latent_stats.merge(latent_stats.Moments.load(_beside(file, "pixels")) for file in files).mean
+            artefacts.write_json(outputs[-1], floor(split, own, mean))
+            step.log.info("%d pictures in %d groups, extractor %s", len(split.pictures), groups, own.extractor)
+    return outputs
 
 
 def _beside(file: Path, kind: str) -> Path:
-    return file.with_name(f"{kind}-{file.name}")
+    """The file of one kind of a part; that of the reference, written last, is the part's own."""
+    return file if kind == "reference" else file.with_name(f"{kind}-{file.name}")
 
 
-def write(args, split: evaluation.Split, own: EvaluateSettings, files: Sequence[Path], record) -> None:
-    """Put the parts together and write all outputs."""
-    out = args.output_folder
-    outputs = [out / name for name in ("reference.safetensors", "shrunk.safetensors", "floor.json")]
-    fid.merge([fid.FeatureStatistics.load(file) for file in files]).save(outputs[0])
-    fid.merge([fid.FeatureStatistics.load(_beside(file, "shrunk")) for file in files]).save(outputs[1])
-    mean = latent_stats.merge([latent_stats.Moments.load(_beside(file, "pixels")) for file in files]).mean
+def floor(split: evaluation.Split, own: EvaluateSettings, mean: torch.Tensor) -> dict:
+    """PSNR, mean over pictures, of the constant picture `mean` [3,S,S] (0-255) and of each picture's mean colour."""
     constant = quality.to_uint8((mean / 255).float()[None])
-    psnr = []
+    found: dict[str, list] = {"constant_psnr": [], "colour_psnr": []}
     for images in pictures.batches(split.pictures, range(len(split.pictures)), own.batch_size, own.workers):
-        psnr.append(quality.psnr(images, constant.expand(len(images), -1, -1, -1)).numpy())
-    every = np.concatenate(psnr)
-    artefacts.write_json(outputs[2], {"constant_psnr": float(every.mean()), "n": len(every), "shrink": SHRINK})
-    step.log.info("%d pictures, extractor %s", len(every), own.extractor)
-    record.write(args.meta, outputs, items=len(every))
+        found["constant_psnr"].append(quality.psnr(images, constant.expand_as(images)))
+        found["colour_psnr"].append(quality.psnr(images, mean_colour(images)))
+    every = {name: float(torch.cat(one).mean()) for name, one in found.items()}
+    return every | {"n": len(split.pictures), "shrink": SHRINK}
 
 
 if __name__ == "__main__":

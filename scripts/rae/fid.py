@@ -1,11 +1,12 @@
 """The Fréchet distance of features from statistics that are gathered batch by batch and shard by shard, in float64.
 
-Memory is that of one [D,D] matrix, whatever the number of images. Batches and shards are joined by the updates of
-Chan, Golub and LeVeque (1979).
+Memory is that of one [D,D] matrix for each group of images, whatever their number. Batches and shards are joined by the
+updates of Chan, Golub and LeVeque (1979). Images are dealt to groups in turn, row number modulo the count of groups, so
+that each group holds all classes; leaving one out at a time says how far the distance is to be trusted.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from scripts.common import progress
 from scripts.common.artefacts import atomic_path, sha256_text
 from scripts.common.errors import KilnError
 
 PROTOCOL_IMAGES = 50_000
+GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -91,49 +94,99 @@ class FeatureStatistics:
         return self.scatter / (self.count - 1)
 
     def save(self, path: Path) -> None:
-        """Write mean and scatter as safetensors, atomically; one metadata key holds origin and n as sorted JSON."""
-        facts = json.dumps({"n": self.count} | asdict(self.origin), sort_keys=True)
-        with atomic_path(path) as temporary:
-            save_file({"mean": self.mean, "scatter": self.scatter}, temporary, metadata={"kiln": facts})
+        """Write as the one group of a file; see `save_groups`."""
+        save_groups(path, [self])
 
     @classmethod
     def load(cls, path: Path) -> "FeatureStatistics":
-        """What `save` wrote.
+        """All groups of a file together.
 
         Raises:
             KilnError: the file is missing, damaged, or of another kind.
         """
-        try:
-            with safe_open(path, framework="pt") as handle:
-                facts = json.loads((handle.metadata() or {})["kiln"])
-                mean, scatter = handle.get_tensor("mean"), handle.get_tensor("scatter")
-            count = int(facts.pop("n"))
-            made = cls(len(mean), Origin(**facts))
-        except Exception as error:  # safetensors raises an error class of its own
-            raise KilnError(f"{path}: no feature statistics: {error}", "delete it and run again") from None
-        if scatter.shape != made.scatter.shape or {mean.dtype, scatter.dtype} != {torch.float64} or count < 0:
-            raise KilnError(
-                f"{path}: no feature statistics: n = {count}, mean {list(mean.shape)} {mean.dtype}, "
-                f"scatter {list(scatter.shape)} {scatter.dtype}; expected [D] and [D,D] float64",
-                "delete it and run again",
-            )
-        made.count, made.mean, made.scatter = count, mean, scatter
-        return made
+        return merge(load_groups(path))
 
 
-def merge(partials: Sequence[FeatureStatistics]) -> FeatureStatistics:
+def group_count(images: int) -> int:
+    """Groups that so many images are dealt to: ten, or fewer such that each has two images, but at least two.
+
+    Raises:
+        KilnError: fewer than four images.
+    """
+    if images < 4:
+        raise KilnError(
+            f"{images} images are too few for an interval of their distance; expected 4 or more", "give more images"
+        )
+    return min(GROUPS, images // 2)
+
+
+def save_groups(path: Path, groups: Sequence[FeatureStatistics]) -> None:
+    """Write means [G,D] and scatters [G,D,D] as safetensors, atomically.
+
+    One metadata key holds, as sorted JSON, the origin of them all and `n`, the list of counts.
+    """
+    facts = json.dumps({"n": [one.count for one in groups]} | asdict(groups[0].origin), sort_keys=True)
+    tensors = {
+        "mean": torch.stack([one.mean for one in groups]), "scatter": torch.stack([one.scatter for one in groups])
+    }  # fmt: skip
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"kiln": facts})
+
+
+def load_groups(path: Path) -> list[FeatureStatistics]:
+    """What `save_groups` wrote.
+
+    Raises:
+        KilnError: the file is missing, damaged, or of another kind.
+    """
+    again = "delete it and run again"
+    try:
+        with safe_open(path, framework="pt") as handle:
+            facts = json.loads((handle.metadata() or {})["kiln"])
+            mean, scatter = handle.get_tensor("mean"), handle.get_tensor("scatter")
+        counts = [int(n) for n in facts.pop("n")]
+        origin = Origin(**facts)
+    except Exception as error:  # safetensors raises an error class of its own
+        raise KilnError(f"{path}: no feature statistics: {error}", again) from None
+    expected = (len(counts), mean.shape[-1], mean.shape[-1])
+    if (
+        (*mean.shape, mean.shape[-1]) != expected or scatter.shape != expected
+        or {mean.dtype, scatter.dtype} != {torch.float64} or min(counts, default=-1) < 0
+    ):  # fmt: skip
+        raise KilnError(
+            f"{path}: no feature statistics: n = {counts}, mean {list(mean.shape)} {mean.dtype}, "
+            f"scatter {list(scatter.shape)} {scatter.dtype}; expected [G,D] and [G,D,D] float64",
+            again,
+        )
+    groups = []
+    for number, count in enumerate(counts):
+        one = FeatureStatistics(0, origin)
+        one.count, one.mean, one.scatter = count, mean[number], scatter[number]
+        groups.append(one)
+    return groups
+
+
+def merge_parts(files: Sequence[Path], groups: int) -> list[FeatureStatistics]:
+    """The groups of a split from the files of its parts, of which the p-th belongs to group p modulo `groups`."""
+    return [merge(FeatureStatistics.load(file) for file in files[group::groups]) for group in range(groups)]
+
+
+def merge(partials: Iterable[FeatureStatistics]) -> FeatureStatistics:
     """The statistics of all shards together; the result depends on their order alone, so give them in shard order.
+
+    Shards are taken one at a time.
 
     Raises:
         KilnError: no partials, or partials that differ in any field of `Origin` or in D.
     """
-    if not partials:
-        raise KilnError("no feature statistics to merge", "the list of images is empty: check the split")
-    first = partials[0]
-    total = FeatureStatistics(len(first.mean), first.origin)
+    total = None
     for number, partial in enumerate(partials):
-        _check_same(first, partial, tuple(asdict(first.origin)), f"shard {number}")
+        if total is None:
+            total = FeatureStatistics(len(partial.mean), partial.origin)
+        _check_same(total, partial, tuple(asdict(total.origin)), f"shard {number}")
         total._join(partial.count, partial.mean, partial.scatter)
+    if total is None:
+        raise KilnError("no feature statistics to merge", "the list of images is empty: check the split")
     return total
 
 
@@ -166,6 +219,26 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     _check_same(a, b, COMPARED, "Fréchet distance")
     stats = [{"mu": s.mean.numpy(), "sigma": s.covariance().numpy()} for s in (a, b)]
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def distance_with_leave_outs(
+    a: Sequence[FeatureStatistics], b: Sequence[FeatureStatistics], name: str
+) -> tuple[float, list[float]]:
+    """(distance of all images, [G] distances without one group each, which is left out of both sides).
+
+    Raises:
+        KilnError: see `frechet_distance`; also groups of other sizes on the two sides.
+    """
+    sizes = [[one.count for one in side] for side in (a, b)]
+    if sizes[0] != sizes[1] or len(a) < 2:
+        raise KilnError(
+            f"{name}: groups of {sizes[0]} and {sizes[1]} images; expected the same two or more on both sides",
+            "take both of one list of images: delete the older one and run again",
+        )
+    found = []
+    for left in progress.bar(range(-1, len(a)), f"distances of {name}"):
+        found.append(frechet_distance(*(merge(one for i, one in enumerate(side) if i != left) for side in (a, b))))
+    return found[0], found[1:]
 
 
 def warnings(reference: FeatureStatistics, other: FeatureStatistics) -> list[str]:

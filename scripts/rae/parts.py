@@ -11,17 +11,28 @@ from scripts.common.locks import writer_lock
 
 @contextlib.contextmanager
 def built(
-    state: Path, key: str, items: int, per_part: int, build: Callable[[range, Path], None], accelerator, name: str
+    state: Path,
+    key: str,
+    items: int,
+    per_part: int,
+    build: Callable[[range, Path], None],
+    accelerator,
+    name: str,
+    groups: int = 1,
 ) -> Iterator[list[Path]]:
     """The parts' files, in the order of parts, once all processes have built theirs; removed after the block.
 
     Args:
         state: folder of this step's states; parts lie below it in `key`, which must name all that decides them.
-        items, per_part: rows of the split and of each part; the last may have fewer.
+        items, per_part: rows of the split and of each part; the last ones may have fewer.
         build: (rows, file) writes `file` whole or not at all, and last.
+        groups: rows are dealt to so many groups, row r to group r modulo `groups`, and part p is of group p modulo
+            `groups`; with one group, a part's rows are consecutive.
     """
     folder, first = state / key, accelerator.is_main_process
-    rows = [range(start, min(start + per_part, items)) for start in range(0, items, per_part)]
+    dealt = [range(group, items, groups) for group in range(groups)]
+    rows = [own[start : start + per_part] for start in range(0, len(dealt[0]), per_part) for own in dealt]
+    rows = [own for own in rows if own]  # the last groups may lack a last part
     files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
     with writer_lock(folder, owner=name) if first else contextlib.nullcontext():
         accelerator.wait_for_everyone()

@@ -19,7 +19,7 @@ from scripts.common import devices, model_folders, sheets, step, tables
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import checkpoints, evaluation, fid, parts, pictures, quality
-from scripts.rae.extractors import load_extractor
+from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.perceptual import Lpips
 from scripts.rae.quality import COLUMNS
 from scripts.rae.settings import EvaluateSettings, PerceptualSettings
@@ -81,37 +81,61 @@ def run(args: argparse.Namespace) -> None:
     lpips = Lpips(args.vgg, values.perceptual.backbone).to(accelerator.device)
     extractor = load_extractor(own.extractor, args.inception, accelerator.device)
     split = evaluation.open_validation(args.dataset, facts.image_size, own.max_images)
-    origin = evaluation.origin(split, extractor)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
+    outputs = compute(
+        split, own, autoencoder, lpips, extractor, accelerator, args.state_folder, key, args.output_folder
+    )  # fmt: skip
+    if first:
+        record.write(args.meta, outputs, items=len(split.pictures))
 
-    def build(part: range, file: Path) -> None:
+
+def compute(
+    split: evaluation.Split,
+    own: EvaluateSettings,
+    autoencoder: torch.nn.Module,
+    lpips: Callable,
+    extractor: Extractor,
+    accelerator,
+    state: Path,
+    key: str,
+    out: Path,
+) -> list[Path]:
+    """The outputs in folder `out`, which the first process writes; parts lie meanwhile in `state`, below `key`."""
+    groups, origin = fid.group_count(len(split.pictures)), evaluation.origin(split, extractor)
+    outputs = [out / name for name in ("features.safetensors", "images.parquet", "reconstructions.png")]
+
+    def build(rows: range, file: Path) -> None:
         statistics = fid.FeatureStatistics(extractor.dim, origin)
         found: dict[str, list] = {name: [] for name in COLUMNS}
-        for images in pictures.batches(split.pictures, part, own.batch_size, own.workers):
+        for images in pictures.batches(split.pictures, rows, own.batch_size, own.workers):
             made, scores = reconstruct(images, autoencoder, lpips, accelerator)
             statistics.add(extractor(made))
             for name in COLUMNS:
                 found[name].append(scores[name].numpy())
-        table = pd.DataFrame({"row": list(part), **{name: np.concatenate(one) for name, one in found.items()}})
+        table = pd.DataFrame({"row": list(rows), **{name: np.concatenate(one) for name, one in found.items()}})
         tables.write_table(file.with_suffix(".parquet"), table, ["row"])
         statistics.save(file)
 
     with parts.built(
-        args.state_folder, key, len(split.pictures), own.images_per_part, build, accelerator, "reconstructions"
+        state, key, len(split.pictures), own.images_per_part, build, accelerator, "reconstructions", groups
     ) as files:
-        if first:
-            write(args, split, own, files, autoencoder, lpips, accelerator, record)
+        if accelerator.is_main_process:
+            fid.save_groups(outputs[0], fid.merge_parts(files, groups))
+            found = [tables.read_table(file.with_suffix(".parquet"), ["row", *COLUMNS]) for file in files]
+            table = pd.concat(found).sort_values("row")
+            named = table.assign(
+                path=[split.names[r] for r in table["row"]], label=[split.labels[r] for r in table["row"]]
+            )
+            tables.write_table(outputs[1], named[["row", "path", "label", *COLUMNS]], ["row"])
+            draw(outputs[2], split, own, autoencoder, lpips, accelerator)
+            means = {name: round(float(table[name].mean()), 4) for name in COLUMNS}
+            step.log.info("%d reconstructions: %s", len(table), means)
+    return outputs
 
 
-def write(args, split: evaluation.Split, own: EvaluateSettings, files, autoencoder, lpips, accelerator, record) -> None:
-    """Put the parts together, draw the sheet, and write all outputs."""
-    out = args.output_folder
-    outputs = [out / name for name in ("features.safetensors", "images.parquet", "reconstructions.png")]
-    fid.merge([fid.FeatureStatistics.load(file) for file in files]).save(outputs[0])
-    table = pd.concat([tables.read_table(file.with_suffix(".parquet"), ["row", *COLUMNS]) for file in files])
-    table = table.assign(path=[split.names[row] for row in table["row"]], label=[split.labels[r] for r in table["row"]])
-    tables.write_table(outputs[1], table[["row", "path", "label", *COLUMNS]], ["row"])
+def draw(path: Path, split: evaluation.Split, own: EvaluateSettings, autoencoder, lpips, accelerator) -> None:
+    """The sheet: some pictures, evenly spread over the split, above their reconstructions."""
     shown = np.linspace(0, len(split.pictures) - 1, min(own.sheet, len(split.pictures))).astype(int)
     images = torch.stack([split.pictures[int(row)][0] for row in shown])
     made, scores = reconstruct(images, autoencoder, lpips, accelerator)
@@ -120,14 +144,11 @@ def write(args, split: evaluation.Split, own: EvaluateSettings, files, autoencod
         name = Path(split.names[row]).name
         originals.append(sheets.Tile(_picture(images[i]), name))
         results.append(sheets.Tile(_picture(made[i]), f"{scores['psnr'][i]:.1f} dB"))
-    title = f"Reconstructions of {len(table)} validation pictures: {len(shown)} of them"
+    title = f"Reconstructions of {len(split.pictures)} {split.name} pictures: {len(shown)} of them"
     lines = []
     for start in range(0, len(shown), 8):
         lines += [("original", originals[start : start + 8]), ("reconstruction", results[start : start + 8])]
-    sheets.contact_sheet(outputs[2], lines, title, caption_lines=1)
-    means = {name: round(float(table[name].mean()), 4) for name in COLUMNS}
-    step.log.info("%d reconstructions: %s", len(table), means)
-    record.write(args.meta, outputs, items=len(table))
+    sheets.contact_sheet(path, lines, title, caption_lines=1)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class EvaluateSettings(Settings):
     inception: str | None = Field(
         "inception-v3-compat", description="its weights: a name in config/models.csv or a .pth file"
     )
-    max_images: int | None = Field(None, gt=1, description="score these many alone; null: all, as the paper does")
+    max_images: int | None = Field(None, ge=4, description="score these many alone; null: all, as the paper does")
     batch_size: int = Field(64, gt=0)
     images_per_part: int = Field(2000, gt=0, description="images whose scores are kept apart, and resumed from")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
