@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         task="image-to-image",
         license=licence.lower() if re.fullmatch(r"[A-Za-z0-9.-]*", licence) else "other",
         data=data_text(dataset),
-        evaluated_on=f"{dataset['splits']['validation']['ok']:,} validation images, centre-cropped to "
+        evaluated_on=f"{metrics['summary']['psnr']['n']:,} validation images, centre-cropped to "
         f"{model['image_size']} pixels",
         metrics={label: metrics["summary"][key] for key, label in NAMES.items()},
         intended_use=INTENDED_USE,
@@ -110,8 +110,8 @@ def summary(model: Mapping[str, Any], base: str) -> str:
     """What it is, with its sizes."""
     decoder, latents = model["decoder"], model["latents"]
     return (
-        f"A representation autoencoder (Zheng et al. 2025): the frozen encoder {base}, which is not among these files, "
-        f"and a decoder of {decoder['layers']} layers, width {decoder['width']}, trained for {model['steps']:,} steps. "
+        f"A representation autoencoder (Zheng et al. 2025): a frozen encoder ({base}), which is not among these files, "
+        f"and a decoder (layers {decoder['layers']}, width {decoder['width']}), trained for {model['steps']:,} steps. "
         f"Pictures of {model['image_size']} pixels a side become {latents['dim']} x {latents['grid']} x "
         f"{latents['grid']} latents, normalised by statistics of the training images, and pictures again. Noise of up "
         f"to tau = {model['tau']:g} was added to the latents in training."
