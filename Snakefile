@@ -26,6 +26,7 @@ localrules:
     report,
     busi,
     rae,
+    rae_evaluate_published,
     vase,
     vase_images,
     vase_quality,

@@ -13,9 +13,16 @@ OUTPUTS (below {results}/rae/):
     compute_reference_stats/         features of the validation pictures and of poor copies; floor.json
     reconstruct/{encoder}/           features.safetensors, images.parquet, reconstructions.png
     evaluate/{encoder}/              metrics.json: rFID, PSNR, SSIM, LPIPS
+    export/{encoder}/                model/: decoder and statistics as safetensors and in the published layout
+    describe_model/{encoder}/        README.md (the card), model/ (links to the export, the card beside it)
+and, by target rae_evaluate_published, without training:
+    import_published/{encoder}/      autoencoder.safetensors of a published decoder and its statistics
+    reconstruct_published/{encoder}/, evaluate_published/{encoder}/   as above
 
-STEPS: build the dataset, latent statistics, train, reference statistics, reconstruct, evaluate.
+STEPS: build the dataset, latent statistics, train, reference statistics, reconstruct, evaluate, export, describe.
 """
+
+from scripts.rae.settings import published_encoders
 
 RAE = f"{RESULTS}/rae"
 RAE_ENCODERS = {name: getattr(CONFIG.rae.encoders, name) for name in CONFIG.rae.use}
@@ -30,6 +37,9 @@ RAE_WEIGHTS = {  # option: file of each network that is only used
 RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
 RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
 RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
+RAE_PUBLISHED = {name: getattr(CONFIG.rae.published, name) for name in CONFIG.rae.use}
+RAE_PUBLISHED_ENCODER = "|".join(name for name, one in RAE_PUBLISHED.items() if one.decoder) or "(?!)"
+RAE_DEMO = "--demo" if CONFIG.rae.images.startswith(f"{DEMO}/") else ""
 RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
 
 
@@ -342,6 +352,191 @@ rule rae_evaluate:
         " 2>&1 | tee {log:q}"
 
 
+rule rae_export:
+    input:
+        encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
+        checkpoint=rules.rae_train_autoencoder.output.weights,
+        training=rules.rae_train_autoencoder.output.meta,
+    output:
+        listing=f"{RAE}/export/{{encoder}}/model/files.json",
+        meta=f"{RAE}/export/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/export/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/export/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
+        code=code_key("scripts.rae.export"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Export the autoencoder of {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.rae.export"
+        " --checkpoint {input.checkpoint:q}"
+        " --training-meta {input.training:q}"
+        " --encoder {params.encoder:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_describe_model:
+    input:
+        metrics=rules.rae_evaluate.output.metrics,
+        training=rules.rae_train_autoencoder.output.meta,
+        dataset=rules.rae_build_arrow.output.summary,
+        sheet=rules.rae_reconstruct.output.sheet,
+        model=rules.rae_export.output.listing,
+    output:
+        card=f"{RAE}/describe_model/{{encoder}}/README.md",
+        sheet=f"{RAE}/describe_model/{{encoder}}/reconstructions.png",
+        model=f"{RAE}/describe_model/{{encoder}}/model/files.json",
+        meta=f"{RAE}/describe_model/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/describe_model/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/describe_model/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        base=lambda wildcards: model_card_options(RAE_ENCODERS[wildcards.encoder].model),
+        demo=RAE_DEMO,
+        weights=subpath(input.model, parent=True),
+        code=code_key("scripts.rae.describe_model"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Describe the autoencoder of {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.rae.describe_model"
+        " --metrics {input.metrics:q}"
+        " --training-meta {input.training:q}"
+        " --dataset {input.dataset:q}"
+        " --sheet {input.sheet:q}"
+        " --weights {params.weights:q}"
+        " {params.base} {params.demo}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_import_published:
+    input:
+        encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
+        decoder=lambda wildcards: model_files(RAE_PUBLISHED[wildcards.encoder].decoder),
+        statistics=lambda wildcards: model_files(RAE_PUBLISHED[wildcards.encoder].stats),
+    output:
+        weights=f"{RAE}/import_published/{{encoder}}/autoencoder.safetensors",
+        meta=f"{RAE}/import_published/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/import_published/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/import_published/{{encoder}}.tsv"
+    wildcard_constraints:
+        encoder=RAE_PUBLISHED_ENCODER,
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
+        decoder=lambda wildcards, output: model_file(RAE_PUBLISHED[wildcards.encoder].decoder),
+        statistics=lambda wildcards, output: model_file(RAE_PUBLISHED[wildcards.encoder].stats),
+        settings=lambda wildcards: numerics(
+            encoder=f"rae.encoders.{wildcards.encoder}",
+            image_size="rae.image_size",
+            published=f"rae.published.{wildcards.encoder}",
+        ),
+        code=code_key("scripts.rae.import_published"),
+    message:
+        "Import the published decoder of {wildcards.encoder}"
+    shell:
+        "{params.step} scripts.rae.import_published"
+        " --name {wildcards.encoder}"
+        " --encoder {params.encoder:q}"
+        " --decoder {params.decoder:q}"
+        " --statistics {params.statistics:q}"
+        " --output {output.weights:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+use rule rae_reconstruct as rae_reconstruct_published with:
+    input:
+        dataset=rules.rae_build_arrow.output.listing,
+        encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
+        checkpoint=rules.rae_import_published.output.weights,
+        weights=RAE_FILES["vgg"] + RAE_FILES["inception"],
+    output:
+        features=f"{RAE}/reconstruct_published/{{encoder}}/features.safetensors",
+        images=f"{RAE}/reconstruct_published/{{encoder}}/images.parquet",
+        sheet=report(
+            f"{RAE}/reconstruct_published/{{encoder}}/reconstructions.png",
+            caption="captions/rae_reconstructions.rst",
+            category="rae",
+            labels={"step": "reconstruct_published", "encoder": "{encoder}", "picture": "reconstructions"},
+        ),
+        meta=f"{RAE}/reconstruct_published/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/reconstruct_published/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/reconstruct_published/{{encoder}}.tsv"
+    params:
+        state=outside(f"{STATE}/rae/reconstruct_published"),
+    message:
+        "Reconstruct the validation pictures by the published decoder of {wildcards.encoder}"
+
+
+use rule rae_evaluate as rae_score_published with:
+    input:
+        reference=rules.rae_compute_reference_stats.output.reference,
+        shrunk=rules.rae_compute_reference_stats.output.shrunk,
+        colour=rules.rae_compute_reference_stats.output.colour,
+        floor=rules.rae_compute_reference_stats.output.floor,
+        features=rules.rae_reconstruct_published.output.features,
+        images=rules.rae_reconstruct_published.output.images,
+    output:
+        metrics=f"{RAE}/evaluate_published/{{encoder}}/metrics.json",
+        meta=f"{RAE}/evaluate_published/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/evaluate_published/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/evaluate_published/{{encoder}}.tsv"
+    message:
+        "Score the reconstructions by the published decoder of {wildcards.encoder}"
+
+
+rule rae_evaluate_published:
+    input:
+        lambda wildcards: expand(
+            rules.rae_score_published.output.metrics, encoder=or_stop(published_encoders, CONFIG.rae)
+        ),
+
+
 rule rae:
     input:
         expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+        expand(rules.rae_export.output.listing, encoder=RAE_ENCODERS),
+        expand(rules.rae_describe_model.output.card, encoder=RAE_ENCODERS),

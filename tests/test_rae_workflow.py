@@ -14,135 +14,25 @@ import pandas as pd
 import pytest
 import torch
 import workflow
-from PIL import Image, ImageDraw
+from PIL import Image
+from rae_fixtures import EVALUATE, INPUT, SIDE, TRAIN, build_data, common, encoder_settings, scored, train_all, training
 from safetensors.torch import load_file
-from transformers import (
-    BitImageProcessor,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from scripts.common.errors import KilnError
-from scripts.rae import (
-    build_arrow,
-    checkpoints,
-    compute_latent_stats,
-    compute_reference_stats,
-    evaluate,
-    fid,
-    latent_stats,
-    reconstruct,
-    train_autoencoder,
-)
+from scripts.rae import checkpoints, fid, latent_stats, train_autoencoder
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE = 32
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-INPUT = {"dinov2": 28, "siglip2": 32}
-PERCEPTUAL = {"weights": None, "backbone": [4, 8]}
-TRAIN = {
-    "image_size": SIDE,
-    "decoder": {"size": "free", "layers": 1, "width": 32, "mlp": 64, "heads": 2},
-    "perceptual": PERCEPTUAL,
-    "discriminator": {"recipe": "free", "weights": None, "dim": 16, "depth": 2, "taps": [0, 1], "size": 32},
-    "autoencoder": {
-        "epochs": 8, "batch_size": 24, "lr": 5e-3, "final_lr": 5e-4, "warmup_epochs": 1, "discriminator_start": 4,
-        "gan_start": 6, "ema_decay": 0.8, "precision": "fp32", "workers": 0, "tracker": "none",
-    },
-}  # fmt: skip
-EVALUATE = {"extractor": "kiln-random", "inception": None, "batch_size": 8, "images_per_part": 10, "workers": 0}
-
-
-def draw_images(root: Path, count: int = 60) -> None:
-    """Coloured boxes and discs on tinted grounds, two classes, train/ and val/."""
-    rng = np.random.default_rng(0)
-    for number in range(2 * count):
-        kind, side = ("box", "disc")[number % 2], "train" if number // 2 % 6 else "val"
-        image = Image.new("RGB", (48, 40), tuple(int(x) for x in rng.integers(0, 256, 3)))
-        x, y, size = (int(v) for v in rng.integers((4, 4, 12), (20, 14, 24)))
-        shape = getattr(ImageDraw.Draw(image), "rectangle" if kind == "box" else "ellipse")
-        shape((x, y, x + size, y + size), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
-        path = root / side / kind / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=92)
-
-
-def encoder_settings(name: str) -> dict:
-    return {"model": "a folder", "input_size": INPUT[name]}
-
-
-def common(meta: Path, settings: dict) -> list[str]:
-    return ["--device", "cpu", "--threads", "1", "--settings", json.dumps(settings), "--meta", str(meta)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """images/, arrow/dataset, an encoder and its stat.pt for each of dinov2 and siglip2."""
-    root = tmp_path_factory.mktemp("rae")
-    draw_images(root / "images")
-    torch.manual_seed(0)
-    dino = Dinov2WithRegistersConfig(image_size=28, patch_size=7, num_register_tokens=4, **SIZES)
-    Dinov2WithRegistersModel(dino).save_pretrained(root / "dinov2")
-    BitImageProcessor().save_pretrained(root / "dinov2")
-    siglip = SiglipVisionConfig(image_size=32, patch_size=8, intermediate_size=64, **SIZES)
-    SiglipVisionModel(siglip).save_pretrained(root / "siglip2")
-    SiglipImageProcessor().save_pretrained(root / "siglip2")
-    build_arrow.main(["--images", str(root / "images"), "--output-folder", str(root / "arrow"), "--threads", "1",
-                      "--settings", "images_per_shard=30"])  # fmt: skip
-    for name in INPUT:
-        statistics(root, name, root / f"{name}.pt")
-    return root
-
-
-def statistics(root: Path, name: str, output: Path, **changes) -> None:
-    values = {"batch_size": 16, "images_per_part": 40, "workers": 0} | changes
-    settings = {"image_size": SIDE, "encoder": encoder_settings(name), "latent_stats": values}
-    compute_latent_stats.main(
-        ["--dataset", str(root / "arrow/dataset"), "--encoder", str(root / name), "--output", str(output),
-         "--state-folder", str(output.with_suffix(".state")), *common(output.with_suffix(".meta.json"), settings)]
-    )  # fmt: skip
-
-
-def training(root: Path, name: str, out: Path, **changes) -> list[str]:
-    settings = TRAIN | {"encoder": encoder_settings(name), "autoencoder": TRAIN["autoencoder"] | changes}
-    return [
-        "--name", name, "--dataset", str(root / "arrow/dataset"), "--encoder", str(root / name),
-        "--statistics", str(root / f"{name}.pt"), "--state-folder", str(out.with_name(f"{out.name}.state")),
-        "--tracker-folder", str(out.with_name(f"{out.name}.curves")), "--output-folder", str(out),
-        *common(out / "meta.json", settings),
-    ]  # fmt: skip
-
-
 RESULTS = ("autoencoder.safetensors", "metrics.json")
 
 
 @pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return build_data(tmp_path_factory.mktemp("rae"))
+
+
+@pytest.fixture(scope="module")
 def trained(data) -> dict[str, Path]:
-    """{encoder: folder of its undisturbed training}."""
-    for name in INPUT:
-        train_autoencoder.main(training(data, name, data / f"train_{name}"))
-    return {name: data / f"train_{name}" for name in INPUT}
-
-
-def scored(data: Path, name: str, folder: Path, out: Path, **changes) -> dict:
-    """metrics.json of an autoencoder."""
-    values = EVALUATE | changes
-    reference = ["--state-folder", str(out / "1"), "--output-folder", str(out / "reference")]
-    compute_reference_stats.main(["--dataset", str(data / "arrow/dataset"), *reference,
-                                  *common(out / "1.json", {"image_size": SIDE, "evaluate": values})])  # fmt: skip
-    reconstruct.main(
-        ["--dataset", str(data / "arrow/dataset"), "--checkpoint", str(folder / "autoencoder.safetensors"),
-         "--encoder", str(data / name), "--state-folder", str(out / "2"), "--output-folder", str(out / "reconstruct"),
-         *common(out / "2.json", {"perceptual": PERCEPTUAL, "evaluate": values})]
-    )  # fmt: skip
-    evaluate.main(
-        ["--name", name, "--reference", str(out / "reference"), "--reconstructions", str(out / "reconstruct"),
-         "--output", str(out / "metrics.json"), "--meta", str(out / "3.json")]
-    )  # fmt: skip
-    return json.loads((out / "metrics.json").read_text())
+    return train_all(data)
 
 
 def test_the_statistics_are_those_of_crops_and_their_mirror_images(data):
@@ -317,14 +207,17 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
         return workflow.planned(ROOT, tmp_path, *wanted, *more)
 
     steps = ("build_arrow", "compute_latent_stats", "compute_reference_stats", "evaluate", "reconstruct")
-    assert planned() == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder"), 1)
+    after = {"rae_export": 1, "rae_describe_model": 1}
+    assert planned() == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder"), 1) | after
     workflow.run(ROOT, tmp_path, *wanted)
     metrics = json.loads((tmp_path / "results/rae/evaluate/siglip2/metrics.json").read_text())
     assert metrics["summary"]["siglip2_rfid"]["n"] == 20
     assert not list((tmp_path / "results/state/rae").rglob("*.safetensors"))
     assert planned() == {}
-    scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1}
+    card = (tmp_path / "results/rae/describe_model/siglip2/model/README.md").read_text()
+    assert "| rFID (lower is better) |" in card and "random features, not comparable" in card
+    scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1, "rae_describe_model": 1}
     assert planned("--config", "set=rae.evaluate.max_images=10") == scoring
     assert planned("--config", "set=rae.evaluate.workers=2 rae.autoencoder.save_minutes=1") == {}
     rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
-    assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1}
+    assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after

@@ -33,6 +33,12 @@ Trained from scratch.
 {% endif %}
 Training data: {{ data }}
 
+{% if usage -%}
+## How to use
+
+{{ usage }}
+
+{% endif -%}
 ## Scores
 
 {% if scores -%}
@@ -87,6 +93,7 @@ def write_card(
     library: str | None = None,
     languages: Sequence[str] = (),
     tags: Sequence[str] = (),
+    usage: str = "",
 ) -> None:
     """Write a model card, read it back to see that it holds what was put in, and put it in place atomically.
 
@@ -103,6 +110,7 @@ def write_card(
         base_model: "owner/name" on the Hub, one or several; None when it is not there, or trained from scratch.
         starting_point: the base in words, where it has no name on the Hub.
         hub_datasets: "owner/name" of datasets on the Hub.
+        usage: Markdown, how to load and call it; "" for none.
         library: the Hub's name of the library that loads the weights ("transformers", "open_clip", "timm").
 
     Raises:
@@ -132,6 +140,7 @@ def write_card(
         card_data,
         template_str=_TEMPLATE,
         **texts,
+        usage=usage,
         start=", ".join(base) or starting_point,
         evaluated_on=evaluated_on,
         scores=[_row(key, entry) for key, entry in metrics.items()],

@@ -4,6 +4,7 @@ Safetensors with `decoder.*`, `latent_mean`, `latent_var`, and one metadata key 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Facts(NamedTuple):
         input_size, image_size: sides in pixels, of the encoder's input and of the autoencoder's images.
         size: the decoder's layers, width, MLP and heads.
         tau: greatest noise in training.
-        steps: optimiser steps.
+        steps: optimiser steps; 0 where they are unknown, as of a published decoder.
     """
 
     encoder: str
@@ -40,9 +41,14 @@ class Facts(NamedTuple):
 
 
 def identity(folder: Path) -> str:
-    """One hash of what identifies the encoder in `folder`."""
-    files = model_folders.identity(folder)
-    return artefacts.sha256_text(*(artefacts.input_hash(path) for _, path in sorted(files.items())))
+    """One hash of the configuration and weights of the encoder in `folder`, whether or not Kiln retrieved it."""
+    model_folders.identity(folder)
+    listing = folder / "files.json"
+    recorded = artefacts.read_json(listing) if listing.is_file() else {}
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return artefacts.sha256_text(
+        *(recorded.get(file.name, {}).get("sha256") or artefacts.input_hash(file) for file in files)
+    )
 
 
 def save(path: Path, decoder: Decoder, mean: torch.Tensor, var: torch.Tensor, facts: Facts) -> None:
@@ -79,15 +85,30 @@ def load(path: Path, encoder_folder: Path) -> tuple[Autoencoder, Facts]:
         KilnError: no such checkpoint, or one of another encoder.
     """
     facts, tensors = read(path)
-    found = identity(encoder_folder)
+    prefix = "decoder."
+    decoder = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+    return assemble(path, facts, decoder, tensors.get("latent_mean"), tensors.get("latent_var"), encoder_folder), facts
+
+
+def assemble(path: Path, facts: Facts, decoder: Mapping[str, torch.Tensor], mean, var, folder: Path) -> Autoencoder:
+    """The autoencoder of a decoder's tensors and [C,H,W] statistics, with its encoder from `folder`.
+
+    Raises:
+        KilnError: what `path` holds belongs to another encoder, or does not fit its own `facts`.
+    """
+    found = identity(folder)
     if found != facts.encoder_sha256:
         raise KilnError(
-            f"{path}: trained on encoder {facts.encoder} ({facts.encoder_sha256[:12]}), but {encoder_folder} holds "
+            f"{path}: trained on encoder {facts.encoder} ({facts.encoder_sha256[:12]}), but {folder} holds "
             f"another ({found[:12]})",
             "give the checkpoint of this encoder, or the encoder of this checkpoint",
         )
-    encoder = Encoder(encoder_folder, facts.input_size)
-    decoder = Decoder(encoder.dim, encoder.grid, facts.image_size, Size(*facts.size))
-    prefix = "decoder."
-    decoder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return Autoencoder(encoder, decoder, facts.tau, tensors["latent_mean"], tensors["latent_var"]).eval(), facts
+    encoder = Encoder(folder, facts.input_size)
+    made = Decoder(encoder.dim, encoder.grid, facts.image_size, Size(*facts.size))
+    if mean is None or var is None:
+        raise KilnError(f"{path}: no latent statistics", "make or retrieve it anew")
+    try:
+        made.load_state_dict(decoder)
+    except RuntimeError as error:
+        raise KilnError(f"{path}: not the decoder that it describes: {error}", "make or retrieve it anew") from None
+    return Autoencoder(encoder, made, facts.tau, mean, var).eval()

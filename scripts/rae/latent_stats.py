@@ -136,8 +136,11 @@ def read_statistics(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
-        raise KilnError(f"{path}: unreadable statistics: {error}", "give a stat.pt with mean and var") from None
+    except Exception as error:  # torch.load raises many kinds, and advises to run a stranger's code
+        raise KilnError(
+            f"{path}: unreadable statistics, damaged or more than tensors ({type(error).__name__})",
+            "give a stat.pt with mean and var",
+        ) from None
     values = [stored.get(name) for name in ("mean", "var")] if isinstance(stored, dict) else []
     if not values or not all(torch.is_tensor(v) and v.ndim == 3 and v.shape == values[0].shape for v in values):
         raise KilnError(

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 
 
@@ -169,6 +170,33 @@ class EncodersSettings(Settings):
     )
 
 
+class PublishedSettings(Settings):
+    """A decoder that others trained and published with its latent statistics, to evaluate as it is."""
+
+    decoder: str | None = Field(None, description="model.pt: a name in config/models.csv, or a file")
+    stats: str | None = Field(None, description="stat.pt: a name in config/models.csv, or a file")
+    heads: int | None = Field(None, gt=0, description="of its attention, where its size is none of the published ones")
+    tau: float = Field(0.8, ge=0, description="greatest noise that it was trained with; kept as information")
+
+    @model_validator(mode="after")
+    def _both(self):
+        if (self.decoder is None) != (self.stats is None):
+            raise ValueError("decoder and stats belong together: set both or none")
+        return self
+
+
+class PublishedEncodersSettings(Settings):
+    """What `rae_evaluate_published` evaluates for each encoder that `rae.use` names."""
+
+    dinov2: PublishedSettings = PublishedSettings(
+        decoder="rae-decoder-dinov2-base-vitxl", stats="rae-stats-dinov2-base"
+    )
+    siglip2: PublishedSettings = PublishedSettings(
+        decoder="rae-decoder-siglip2-base-vitxl", stats="rae-stats-siglip2-base"
+    )
+    siglip_so400m: PublishedSettings = Field(PublishedSettings(), description="none is published")
+
+
 class RaeSettings(Settings):
     """Pipeline `rae`: image folders to a representation autoencoder and its rFID."""
 
@@ -185,4 +213,20 @@ class RaeSettings(Settings):
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    published: PublishedEncodersSettings = PublishedEncodersSettings()
     resources: Literal["gpu_single", "gpu_node"] = execution("gpu_node", description="class of the rules with a model")
+
+
+def published_encoders(rae: RaeSettings) -> list[str]:
+    """The encoders in use, each of which has a published decoder.
+
+    Raises:
+        KilnError: one has none.
+    """
+    for name in rae.use:
+        if getattr(rae.published, name).decoder is None:
+            raise KilnError(
+                f"rae.published.{name}: no published decoder is known for encoder {name}",
+                f"set rae.published.{name}.decoder and .stats to files, or take {name} off rae.use",
+            )
+    return rae.use

@@ -15,7 +15,7 @@ from scripts.common import artefacts, devices, model_folders, plots, preflight, 
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import KEEP, TrainingState, fingerprint
-from scripts.rae import arrow, checkpoints, latent_stats
+from scripts.rae import arrow, checkpoints, latent_stats, published
 from scripts.rae.autoencoder_training import (
     Fit,
     TrainingPictures,
@@ -74,13 +74,18 @@ def check_room(fit: Fit, state_folder: Path) -> None:
 
 
 def start_from(fit: Fit, path: Path) -> None:
-    """Take the decoder, and its average, from an earlier checkpoint.
+    """Take the decoder, and its average, from an earlier checkpoint or, by any other ending, a published model.pt.
 
     Raises:
         KilnError: of another shape.
     """
-    _, tensors = checkpoints.read(path)
-    state = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")}
+    if path.suffix == ".safetensors":
+        _, tensors = checkpoints.read(path)
+        state = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")}
+    else:
+        own = fit.autoencoder.decoder
+        heads, side = own.decoder_layers[0].heads, own.grid * own.patch
+        state = published.read_decoder(path, fit.autoencoder.encoder, side, heads)[0].state_dict()
     try:
         fit.autoencoder.decoder.load_state_dict(state)
         fit.ema.load_state_dict(state)
