@@ -140,6 +140,8 @@ rule rae_train_autoencoder:
         statistics=rules.rae_compute_latent_stats.output.statistics,
         weights=RAE_FILES["vgg"] + RAE_FILES["dino"],
         init=[CONFIG.rae.autoencoder.init_from] if CONFIG.rae.autoencoder.init_from else [],
+        # of rFID while training, always: an input that comes and goes with a setting would retrain
+        inception=ancient(model_files(CONFIG.rae.evaluate.inception) if CONFIG.rae.evaluate.inception else []),
     output:
         weights=f"{RAE}/train_autoencoder/{{encoder}}/autoencoder.safetensors",
         metrics=f"{RAE}/train_autoencoder/{{encoder}}/metrics.json",
@@ -171,6 +173,8 @@ rule rae_train_autoencoder:
         dataset=subpath(input.dataset, parent=True),
         vgg=outside(RAE_OPTIONS["vgg"]),
         dino=outside(RAE_OPTIONS["dino"]),
+        extractor=outside(CONFIG.rae.evaluate.extractor),
+        inception=outside(RAE_OPTIONS["inception"]),
         tracker=outside(f"{LOGS}/rae/train_autoencoder"),
         settings=lambda wildcards: numerics(
             encoder=f"rae.encoders.{wildcards.encoder}",
@@ -192,6 +196,8 @@ rule rae_train_autoencoder:
         " --statistics {input.statistics:q}"
         " {params.vgg}"
         " {params.dino}"
+        " --extractor {params.extractor}"
+        " {params.inception}"
         " --state-folder {params.state:q}/{wildcards.encoder}"
         " --tracker-folder {params.tracker:q}/{wildcards.encoder}"
         " --output-folder {params.folder:q}"

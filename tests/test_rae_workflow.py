@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_bytes(data, trained,
     """SIGKILL at seeded moments after the first save, in each stage of the schedule."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "scripts.rae.train_autoencoder", *training(data, "siglip2", out),
-               "--settings", '{"autoencoder": {"save_minutes": 0}}']  # fmt: skip
+               "--extractor", "kiln-random", "--settings",
+               '{"autoencoder": {"save_minutes": 0, "sample_every": 3, "rfid": {"every_n_steps": 2}}}']  # fmt: skip
     rng, kills, last = random.Random(0), 0, -1
     while not (out / "meta.json").exists():
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -194,10 +196,12 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     encoder = {"model": str(data / "siglip2"), "input_size": INPUT["siglip2"]}
     config = tmp_path / "config.json"
     rae = {
-        **TRAIN, "images": str(data / "images"), "use": ["siglip2"], "encoders": {"siglip2": encoder},
+        **TRAIN, "autoencoder": TRAIN["autoencoder"] | {"sample_every": 16, "rfid": {"every_n_steps": 10}},
+        "images": str(data / "images"), "use": ["siglip2"], "encoders": {"siglip2": encoder},
         "dataset": {"images_per_shard": 30}, "latent_stats": {"batch_size": 16, "workers": 0},
-        "evaluate": EVALUATE, "resources": "gpu_single",
+        "evaluate": EVALUATE | {"inception": str(tmp_path / "inception.pth")}, "resources": "gpu_single",
     }  # fmt: skip
+    (tmp_path / "inception.pth").write_bytes(b"")  # waited for, and not read by another extractor
     one = {"threads": 1, "mem_mb": 1000}
     classes = dict.fromkeys(("light", "cpu", "gpu_single"), one)
     config.write_text(json.dumps({"results": "results", "device": "cpu", "resources": classes, "rae": rae}))
@@ -213,11 +217,19 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     metrics = json.loads((tmp_path / "results/rae/evaluate/siglip2/metrics.json").read_text())
     assert metrics["summary"]["siglip2_rfid"]["n"] == 20
     assert not list((tmp_path / "results/state/rae").rglob("*.safetensors"))
+    logs = tmp_path / "results/logs/rae/train_autoencoder"
+    assert re.findall("step (\\d+): rFID", (logs / "siglip2.log").read_text()) == ["10", "20", "30"]
+    assert sorted(p.name for p in logs.rglob("*.png")) == ["step-0000016.png", "step-0000032.png"]
     assert planned() == {}
     card = (tmp_path / "results/rae/describe_model/siglip2/model/README.md").read_text()
     assert "| rFID (lower is better) |" in card and "random features, not comparable" in card
     scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1, "rae_describe_model": 1}
     assert planned("--config", "set=rae.evaluate.max_images=10") == scoring
     assert planned("--config", "set=rae.evaluate.workers=2 rae.autoencoder.save_minutes=1") == {}
+    watching = "rae.autoencoder.sample_every=0 rae.autoencoder.rfid.every_n_steps=0 rae.autoencoder.rfid.on_train=true"
+    assert planned("--config", f"set={watching}") == {}
+    assert planned("--config", "set=rae.evaluate.extractor=inception-v3-compat") == scoring
+    os.utime(tmp_path / "inception.pth")
+    assert planned() == {}
     rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
     assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after

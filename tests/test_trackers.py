@@ -1,8 +1,10 @@
+import io
 import sys
 import time
 import types
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.common import trackers
@@ -40,9 +42,25 @@ def test_resume_takes_back_the_steps_after_the_last_save(tmp_path, first_step, t
     assert _read(tmp_path, "loss") == [(step, 1 if step < first_step else 2) for step in range(12)]
 
 
+def test_a_flushed_number_and_picture_outlive_the_process(tmp_path):
+    Image.new("RGB", (3, 2), (10, 20, 30)).save(tmp_path / "picture.png")
+    tracker = trackers.tracker(tmp_path / "a")
+    tracker.scalar("loss", 0.5, 7)
+    tracker.image("sheet", tmp_path / "picture.png", 7)
+    tracker.flush()  # and never closed
+    assert _read(tmp_path / "a", "loss") == [(7, 0.5)]
+    events = EventAccumulator(str(tmp_path / "a"))
+    events.Reload()
+    (one,) = events.Images("sheet")
+    shown = Image.open(io.BytesIO(one.encoded_image_string))
+    assert (one.step, shown.size, shown.getpixel((0, 0))) == (7, (3, 2), (10, 20, 30))
+
+
 def test_none_writes_nothing(tmp_path):
     with trackers.tracker(tmp_path / "a", "none") as tracker:
         tracker.scalar("loss", 1, 0)
+        tracker.image("sheet", tmp_path / "absent.png", 0)
+        tracker.flush()
     assert not list(tmp_path.iterdir())
 
 
@@ -80,13 +98,16 @@ def test_wandb_is_offline_unless_told_otherwise(tmp_path, monkeypatch, mode):
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("end")
     )
-    fake = types.SimpleNamespace(Settings=dict, init=lambda **arguments: calls.append(arguments) or run)
+    fake = types.SimpleNamespace(
+        Settings=dict, init=lambda **arguments: calls.append(arguments) or run, Image=lambda file: ("image", file)
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "")
     monkeypatch.delenv("WANDB_MODE") if mode is None else monkeypatch.setenv("WANDB_MODE", mode)
     with trackers.tracker(tmp_path / "vase", "wandb", first_step=4) as tracker:
         tracker.scalar("loss", 0.5, 4)
+        tracker.image("sheet", tmp_path / "a.png", 4)
     assert trackers.os.environ["WANDB_MODE"] == (mode or "offline")
     assert (calls[0]["group"], calls[0]["name"], calls[0]["dir"]) == ("vase", "vase-from-4", str(tmp_path / "vase"))
     assert calls[0]["settings"]["save_code"] is False
-    assert calls[1:] == [({"loss": 0.5}, 4), "end"]
+    assert calls[1:] == [({"loss": 0.5}, 4), ({"sheet": ("image", str(tmp_path / "a.png"))}, 4), "end"]

@@ -8,6 +8,9 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from scripts.common.errors import KilnError
 
 log = logging.getLogger("kiln")
@@ -15,7 +18,7 @@ KINDS = ("tensorboard", "wandb", "none")
 
 
 class Tracker:
-    """Takes scalars and keeps none; the other kinds inherit from it. Use as a context manager, or `close` it."""
+    """Takes numbers and pictures and keeps none; other kinds inherit from it. A context manager, or `close` it."""
 
     _broken = False
 
@@ -24,8 +27,18 @@ class Tracker:
         if not self._broken:
             self._guarded(lambda: self._write(tag, float(value), int(step)))
 
+    def image(self, tag: str, file: Path, step: int) -> None:
+        """Record a picture from its file; `step` as in `scalar`."""
+        if not self._broken:
+            self._guarded(lambda: self._write_image(tag, file, int(step)))
+
+    def flush(self) -> None:
+        """Write what is still in memory now: a process that is killed later takes nothing of it with it."""
+        if not self._broken:
+            self._guarded(self._flush)
+
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write what is still in memory, and end."""
         self._guarded(self._end)
 
     def __enter__(self) -> "Tracker":
@@ -43,6 +56,12 @@ class Tracker:
             self._broken = True
 
     def _write(self, tag: str, value: float, step: int) -> None:
+        pass
+
+    def _write_image(self, tag: str, file: Path, step: int) -> None:
+        pass
+
+    def _flush(self) -> None:
         pass
 
     def _end(self) -> None:
@@ -88,6 +107,13 @@ class _TensorBoard(Tracker):
     def _write(self, tag: str, value: float, step: int) -> None:
         self._writer.add_scalar(tag, value, step)
 
+    def _write_image(self, tag: str, file: Path, step: int) -> None:
+        with Image.open(file) as picture:
+            self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+
+    def _flush(self) -> None:
+        self._writer.flush()
+
     def _end(self) -> None:
         self._writer.close()
 
@@ -104,6 +130,11 @@ class _WeightsAndBiases(Tracker):
 
     def _write(self, tag: str, value: float, step: int) -> None:
         self._run.log({tag: value}, step=step)
+
+    def _write_image(self, tag: str, file: Path, step: int) -> None:
+        import wandb
+
+        self._run.log({tag: wandb.Image(str(file))}, step=step)
 
     def _end(self) -> None:
         self._run.finish()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,11 +55,15 @@ def build_discriminator(settings: DiscriminatorSettings, weights: Path | None, s
     return Discriminator(recipe, weights, settings.kernel, settings.norm)
 
 
+def _unchanged(image: Image.Image) -> Image.Image:
+    return image  # no lambda, which could not be pickled for loader processes that are spawned
+
+
 class TrainingPictures(Dataset):
     """(epoch, index) -> ([3,S,S] float32 in [0,1], index); the crop depends on seed, epoch and index alone."""
 
     def __init__(self, dataset, image_size: int, seed: int):
-        self.pictures = arrow.Pictures(dataset, lambda image: image)
+        self.pictures = arrow.Pictures(dataset, _unchanged)
         self.image_size, self.seed = image_size, seed
 
     def __len__(self) -> int:
@@ -105,7 +110,7 @@ class Fit:
         values: AutoencoderSettings, disc: DiscriminatorSettings, accelerator: Accelerator, workers: int,
     ):  # fmt: skip
         self.values, self.disc, self.accelerator, self.workers, self.data = values, disc, accelerator, workers, data
-        self.ema = copy.deepcopy(autoencoder.decoder).requires_grad_(False).to(accelerator.device)
+        self.ema = copy.deepcopy(autoencoder.decoder).requires_grad_(False).eval().to(accelerator.device)
         self.perceptual = perceptual.to(accelerator.device)
         fused = accelerator.device.type == "cuda"
         optimiser = torch.optim.AdamW(

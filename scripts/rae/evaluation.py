@@ -49,8 +49,24 @@ class Split(NamedTuple):
 
 
 def open_validation(dataset: Path, image_size: int, max_images: int | None) -> Split:
-    """The validation split of a dataset folder, or `max_images` of it, in steps that reach through all classes."""
-    return _of_arrow(dataset, "validation", image_size, max_images)
+    """The validation split of a dataset folder; see `open_split`."""
+    return open_split(dataset, "validation", image_size, max_images)
+
+
+def open_split(dataset: Path, name: str, image_size: int, max_images: int | None) -> Split:
+    """A split of a dataset folder, or `max_images` of it, in steps that reach through all classes.
+
+    Raises:
+        KilnError: no such split, or fewer than two pictures.
+    """
+    rows = arrow.open_split(dataset, name)
+    if len(rows) < 2:
+        raise KilnError(f"{dataset / name}: 1 picture; a Fréchet distance needs 2 or more", "give more images")
+    names, labels = arrow.paths(rows), list(rows["label"])
+    chosen = _chosen(len(rows), max_images)
+    if len(chosen) < len(rows):
+        rows, names, labels = rows.select(chosen), [names[i] for i in chosen], [labels[i] for i in chosen]
+    return Split(arrow.Pictures(rows, CentreCrop(image_size)), names, labels, image_size, _split_name(name))
 
 
 def open_pictures(data: Path, image_size: int, max_images: int | None) -> tuple[Split, str]:
@@ -68,7 +84,7 @@ def open_pictures(data: Path, image_size: int, max_images: int | None) -> tuple[
     if saved:
         place = saved[0] if len(saved) == 1 else _validation_of(data, [one.name for one in saved])
         digest = artefacts.sha256_file(place / "state.json")
-        return _of_arrow(place.parent, place.name, image_size, max_images), digest
+        return open_split(place.parent, place.name, image_size, max_images), digest
     splits = [one.name for one in (data / name for name in (*arrow.VALIDATION, "train")) if one.is_dir()]
     place = _validation_of(data, splits) if splits else data
     items = shards.scan(place, images.EXTENSIONS).items
@@ -97,15 +113,6 @@ def _split_name(folder: str) -> str:
 
 def _chosen(count: int, most: int | None) -> list[int]:
     return list(range(count)) if most is None or most >= count else np.linspace(0, count - 1, most).astype(int).tolist()
-
-
-def _of_arrow(dataset: Path, split: str, image_size: int, max_images: int | None) -> Split:
-    rows = arrow.open_split(dataset, split)
-    names, labels = arrow.paths(rows), list(rows["label"])
-    chosen = _chosen(len(rows), max_images)
-    if len(chosen) < len(rows):
-        rows, names, labels = rows.select(chosen), [names[i] for i in chosen], [labels[i] for i in chosen]
-    return Split(arrow.Pictures(rows, CentreCrop(image_size)), names, labels, image_size, _split_name(split))
 
 
 def origin(split: Split, extractor: Extractor) -> fid.Origin:

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
-from scripts.common import devices, model_folders, sheets, step, tables
+from scripts.common import devices, model_folders, step, tables
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import checkpoints, evaluation, fid, parts, pictures, quality
@@ -45,10 +44,6 @@ def reconstruct(
         distance = lpips(a, b).double().cpu()
     made = made.cpu()
     return made, {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made), "lpips": distance}
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,17 +133,9 @@ def draw(path: Path, split: evaluation.Split, own: EvaluateSettings, autoencoder
     """The sheet: some pictures, evenly spread over the split, above their reconstructions."""
     shown = np.linspace(0, len(split.pictures) - 1, min(own.sheet, len(split.pictures))).astype(int)
     images = torch.stack([split.pictures[int(row)][0] for row in shown])
-    made, scores = reconstruct(images, autoencoder, lpips, accelerator)
-    originals, results = [], []
-    for i, row in enumerate(shown):
-        name = Path(split.names[row]).name
-        originals.append(sheets.Tile(_picture(images[i]), name))
-        results.append(sheets.Tile(_picture(made[i]), f"{scores['psnr'][i]:.1f} dB"))
+    made, _ = reconstruct(images, autoencoder, lpips, accelerator)
     title = f"Reconstructions of {len(split.pictures)} {split.name} pictures: {len(shown)} of them"
-    lines = []
-    for start in range(0, len(shown), 8):
-        lines += [("original", originals[start : start + 8]), ("reconstruction", results[start : start + 8])]
-    sheets.contact_sheet(path, lines, title, caption_lines=1)
+    pictures.draw_pairs(path, images, made, [split.names[row] for row in shown], title)
 
 
 if __name__ == "__main__":

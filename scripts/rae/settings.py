@@ -98,6 +98,18 @@ class DiscriminatorSettings(Settings):
     size: int = Field(64, gt=0, description="of a free recipe: side that images are resized to")
 
 
+class RfidSettings(Settings):
+    """rFID while training, by the features of `rae.evaluate.extractor`; as a whole it decides no weight."""
+
+    every_n_steps: int = Field(1000, ge=0, description="optimiser steps between scores; 0 is off")
+    every_epoch: bool = Field(False, description="score at the end of each epoch, too")
+    num_samples: int = Field(1000, gt=1, description="pictures, spread through the classes; all where there are fewer")
+    batch_size: int = Field(64, gt=0)
+    save_samples: bool = Field(False, description="with each score a sheet of its pictures beside reconstructions")
+    save_count: int = Field(64, gt=0, description="pictures of that sheet")
+    on_train: bool = Field(False, description="of training pictures, not validation's; the tag is rfid_train/score")
+
+
 class AutoencoderSettings(Settings):
     """Stage 1: L1 + LPIPS + adaptive hinge GAN on a frozen encoder's noisy latents (arXiv:2510.11690)."""
 
@@ -127,6 +139,10 @@ class AutoencoderSettings(Settings):
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    sample_every: int = execution(
+        2500, ge=0, description="optimiser steps between sheets of validation pictures beside reconstructions; 0 is off"
+    )
+    rfid: RfidSettings = execution(RfidSettings(), description="rFID while training")
 
     @model_validator(mode="after")
     def _whole_steps(self):

@@ -24,6 +24,8 @@ from scripts.rae.autoencoder_training import (
     decoder_size,
 )
 from scripts.rae.encoder import Encoder
+from scripts.rae.extractors import INCEPTION, RANDOM
+from scripts.rae.monitor import Monitor
 from scripts.rae.perceptual import Lpips
 from scripts.rae.settings import (
     AutoencoderSettings,
@@ -93,21 +95,22 @@ def start_from(fit: Fit, path: Path) -> None:
         raise KilnError(f"{path}: another decoder: {error}", "check rae.decoder and the encoder") from None
 
 
-def train(fit: Fit, state: TrainingState, track: Path) -> None:
-    """Train to the end; resumes from `state`, logs to a tracker in `track`."""
+def train(fit: Fit, state: TrainingState, track: Path, monitor: Monitor) -> None:
+    """Train to the end; resumes from `state`, logs to a tracker in `track`, by optimiser steps."""
     saved = state.load()
     if saved is not None:
         fit.load_state(saved)
     main = fit.accelerator.is_main_process
-    writer = trackers.tracker(track, fit.values.tracker if main else "none", first_step=fit.at.epoch)
+    writer = trackers.tracker(track, fit.values.tracker if main else "none", first_step=fit.at.step + 1)
 
     def after_step(fit: Fit) -> None:
+        monitor(fit, writer)  # before the save: a run that carries on from it has seen this step
         state.checkpoint(fit.at.step, fit.state)
 
     def after_epoch(fit: Fit) -> None:
         row = fit.at.history[-1]
         for name, value in row.items():
-            writer.scalar(name, value, fit.at.epoch - 1)
+            writer.scalar(name, value, fit.at.step)
         line = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
         if main:
             step.log.info("epoch %d/%d, step %d: %s", fit.at.epoch, fit.values.epochs, fit.at.step, line)
@@ -127,8 +130,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--statistics", type=Path, required=True, help="stat.pt of rule rae_compute_latent_stats")
     made.add_argument("--vgg", type=Path, help="VGG16 weights of LPIPS (.pth)")
     made.add_argument("--dino", type=Path, help="DINO weights of the discriminator (.pth)")
+    made.add_argument(
+        "--extractor", choices=(INCEPTION, RANDOM), default=INCEPTION, help="of rFID while training; decides no weight"
+    )
+    made.add_argument("--inception", type=Path, help="weights of torch-fidelity's Inception (.pth), for that rFID")
     made.add_argument("--state-folder", type=Path, required=True, help="where the resumable state lies")
-    made.add_argument("--tracker-folder", type=Path, required=True, help="TensorBoard or W&B files")
+    made.add_argument("--tracker-folder", type=Path, required=True, help="TensorBoard or W&B files, and sheets")
     made.add_argument("--output-folder", type=Path, required=True, help="autoencoder.safetensors, metrics.json, ...")
     run(made.parse_args(argv))
 
@@ -157,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
     if own.init_from:
         start_from(fit, Path(own.init_from))
     check_room(fit, args.state_folder)
+    monitor = Monitor(fit, args.dataset, values.image_size, args.extractor, args.inception, args.tracker_folder)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     state = TrainingState(
         args.state_folder, fingerprint(of_kind(values, "numerics"), hashes, record.code),
@@ -164,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         own.save_minutes, own.budget_minutes,
     )  # fmt: skip
     try:
-        train(fit, state, args.tracker_folder)
+        train(fit, state, args.tracker_folder, monitor)
         if accelerator.is_main_process:
             write(args, values, fit, mean, var, record)
         state.remove()
