@@ -2,7 +2,8 @@
 Pipeline rae: image folders to a representation autoencoder for each encoder, and its rFID.
 
 REQUIRED INPUTS (config section `rae`):
-    images      folder with train/<class>/ and val/ (by class, or flat with a label file), or class folders alone
+    images      folder with train/<class>/ and val/ (by class, or flat with a label file), or class folders alone;
+                or an Arrow folder; or none, where dataset.source is hub: rule retrieve_dataset brings dataset.repo
     encoders    DINOv2, SigLIP2, SigLIP; `use` names those to build for
     weights     VGG16 (LPIPS), DINO (discriminator), Inception (rFID)
 
@@ -31,12 +32,17 @@ RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.
 RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
 RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
 RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
+RAE_IMAGES = CONFIG.rae.images
+RAE_SOURCE = sorted(map(str, Path(RAE_IMAGES).glob("*/state.json")))
+if CONFIG.rae.dataset.source == "hub":
+    RAE_IMAGES = f"{CONFIG.datasets}/{CONFIG.rae.dataset.repo}"
+    RAE_SOURCE = [f"{RAE_IMAGES}/files.json"]
 
 
 rule rae_build_arrow:
     input:
         labels=[CONFIG.rae.dataset.labels] if CONFIG.rae.dataset.labels else [],
-        arrow=[] if RAE_IN_FOLDERS else sorted(map(str, Path(CONFIG.rae.images).glob("*/state.json"))),
+        source=[] if RAE_IN_FOLDERS else RAE_SOURCE,
     output:
         listing=f"{RAE}/build_arrow/dataset/files.json",
         quarantine=f"{RAE}/build_arrow/quarantine.tsv",
@@ -53,12 +59,12 @@ rule rae_build_arrow:
         **class_resources("cpu"),
     params:
         step=outside(STEP),
-        images=outside(CONFIG.rae.images),
+        images=outside(RAE_IMAGES),
         execution=outside(execution("rae.dataset")),
         state=outside(f"{STATE}/rae/build_arrow"),
-        settings=numerics("rae.dataset"),
+        settings=lambda wildcards: numerics("rae.dataset"),  # it holds {split}, which is no wildcard
         code=code_key("scripts.rae.build_arrow"),
-        files=folder_digest(CONFIG.rae.images) if RAE_IN_FOLDERS else [],
+        files=folder_digest(RAE_IMAGES) if RAE_IN_FOLDERS else [],
         folder=subpath(output.meta, parent=True),
     message:
         "Build the Arrow dataset"

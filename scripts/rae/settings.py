@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from scripts.common.settings import Settings, execution
 
+VALIDATION = ("validation", "val")  # what the split is called, unless `validation_split` says so
+
 
 class DatasetSettings(Settings):
     """How raw images become the Arrow dataset."""
@@ -13,9 +15,24 @@ class DatasetSettings(Settings):
     source: Literal["folders", "arrow", "hub"] = Field(
         "folders",
         description="folders: class folders of images; arrow: a folder that datasets.load_from_disk reads, used as it "
-        "is; hub: a data set of the Hugging Face hub",
+        "is; hub: parquet files of a data set of the Hugging Face hub, which rule retrieve_dataset brings",
     )
-    train_split: str = Field("train", min_length=1, description="folder, or split of an Arrow folder, to train on")
+    repo: str = Field(
+        "ILSVRC/imagenet-1k",
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="of source hub: owner/name",
+    )
+    revision: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w./-]*$",
+        description="of source hub: a branch, tag or commit; null: the default branch. Locked at first retrieval",
+    )
+    parquet: str = Field(
+        "data/{split}-*.parquet",
+        pattern=r"^[\w./*?+-]*\{split\}[\w./*?+-]*$",
+        description="of source hub: a split's files in the repo; * and ? match within one folder's name",
+    )
+    train_split: str = Field("train", min_length=1, description="folder, or split, to train on")
     validation_split: str | None = Field(
         None, description="that to validate on; null: validation or val, and without them a share cut from train"
     )
@@ -24,7 +41,7 @@ class DatasetSettings(Settings):
     )
     train_share: float = Field(0.95, gt=0, lt=1, description="of each class, where validation is cut from train")
     seed: int = Field(42, ge=0, description="of that cut")
-    images_per_shard: int = Field(2000, gt=0)
+    images_per_shard: int = Field(2000, gt=0, description="of source folders")
     max_pixels: int = Field(89_478_485, gt=0, description="larger images are quarantined as decompression bombs")
     verify: Literal["headers", "full"] = Field(
         "headers",
@@ -32,6 +49,16 @@ class DatasetSettings(Settings):
         "which finds damage inside PNGs; JPEG decoders pass over it",
     )
     processes: int = execution(8, ge=1, description="processes that read and check images, one shard each")
+
+    def parquet_files(self, split: str) -> str:
+        """The pattern of a split's files in the repo."""
+        return self.parquet.replace("{split}", split)
+
+    def wanted(self) -> dict[str, str | list[str]]:
+        """What rule retrieve_dataset is to bring."""
+        files = [self.parquet_files(split) for split in (self.train_split, self.validation_split) if split]
+        optional = [] if self.validation_split else [self.parquet_files(split) for split in VALIDATION]
+        return {"source": self.repo, "revision": self.revision or "", "files": files, "optional": optional}
 
 
 class EncoderSettings(Settings):

@@ -84,7 +84,11 @@ class Repo:
         wanted = [glob.escape(name) for name in names]
         self._call(
             lambda: huggingface_hub.snapshot_download(
-                self.source, repo_type=self.model.repo_type, revision=commit, allow_patterns=wanted, local_dir=folder,
+                self.source,
+                repo_type=self.model.repo_type,
+                revision=commit,
+                allow_patterns=wanted,
+                local_dir=folder,
                 token=self.token,
             )
         )
@@ -116,7 +120,9 @@ class Repo:
         status = _status(error)
         endpoint = transfer.clean(constants.ENDPOINT)
         noun, place = self.model.noun, self.model.place
-        page = f"{endpoint}/datasets/{self.source}" if self.model.repo_type == "dataset" else f"{endpoint}/{self.source}"
+        page = (
+            f"{endpoint}/datasets/{self.source}" if self.model.repo_type == "dataset" else f"{endpoint}/{self.source}"
+        )
         if isinstance(error, errors.OfflineModeIsEnabled):
             return KilnError(f"{self.source}: HF_HUB_OFFLINE is set, so nothing is retrieved", "unset it and run again")
         if isinstance(error, errors.GatedRepoError) or status == 403:
