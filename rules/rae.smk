@@ -23,13 +23,15 @@ RAE_ENCODERS = {name: getattr(CONFIG.rae.encoders, name) for name in CONFIG.rae.
 RAE_ENCODER = "|".join(RAE_ENCODERS)
 RAE_FOLDERS = {name: model_folder(one.model) for name, one in RAE_ENCODERS.items()}
 RAE_ENCODER_FILES = {name: model_folder_files(one.model) for name, one in RAE_ENCODERS.items()}
-RAE_WEIGHTS = {  # option: file of each network that is only used
+RAE_WEIGHTS = {  # option: file of each network that is used as it comes
     "vgg": CONFIG.rae.perceptual.weights,
     "dino": None if CONFIG.rae.discriminator.recipe == "free" else CONFIG.rae.discriminator.weights,
     "inception": None if CONFIG.rae.evaluate.extractor == "kiln-random" else CONFIG.rae.evaluate.inception,
+    "init-from": CONFIG.rae.autoencoder.init_from,
 }
 RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
 RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
+RAE_PROCESSES = max(1, GPUS[CONFIG.rae.resources])
 RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
 RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
 RAE_IMAGES = CONFIG.rae.images
@@ -134,7 +136,8 @@ rule rae_train_autoencoder:
         encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
         statistics=rules.rae_compute_latent_stats.output.statistics,
         weights=RAE_FILES["vgg"] + RAE_FILES["dino"],
-        init=[CONFIG.rae.autoencoder.init_from] if CONFIG.rae.autoencoder.init_from else [],
+        # before any job: does the global batch divide among the GPUs?
+        init=lambda wildcards: or_stop(CONFIG.rae.autoencoder.check_share, RAE_PROCESSES) or RAE_FILES["init-from"],
     output:
         weights=f"{RAE}/train_autoencoder/{{encoder}}/autoencoder.safetensors",
         metrics=f"{RAE}/train_autoencoder/{{encoder}}/metrics.json",
@@ -166,6 +169,7 @@ rule rae_train_autoencoder:
         dataset=subpath(input.dataset, parent=True),
         vgg=outside(RAE_OPTIONS["vgg"]),
         dino=outside(RAE_OPTIONS["dino"]),
+        init=outside(RAE_OPTIONS["init-from"]),
         tracker=outside(f"{LOGS}/rae/train_autoencoder"),
         settings=lambda wildcards: numerics(
             encoder=f"rae.encoders.{wildcards.encoder}",
@@ -187,6 +191,7 @@ rule rae_train_autoencoder:
         " --statistics {input.statistics:q}"
         " {params.vgg}"
         " {params.dino}"
+        " {params.init}"
         " --state-folder {params.state:q}/{wildcards.encoder}"
         " --tracker-folder {params.tracker:q}/{wildcards.encoder}"
         " --output-folder {params.folder:q}"

@@ -72,6 +72,24 @@ def read(path: Path) -> tuple[Facts, dict[str, torch.Tensor]]:
         ) from None
 
 
+def read_published_decoder(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a decoder in the published layout, model.pt: a plain state dict with the names of `Decoder`.
+
+    Raises:
+        KilnError: the file is missing, damaged, or holds anything else.
+    """
+    hint = "give a model.pt of the published decoders, or autoencoder.safetensors of rule rae_train_autoencoder"
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds
+        raise KilnError(f"{path}: no published decoder: {type(error).__name__}: {error}", hint) from None
+    known = isinstance(stored, dict) and "decoder_pred.weight" in stored and all(map(torch.is_tensor, stored.values()))
+    if not known:
+        found = ", ".join(map(str, list(stored)[:8])) if isinstance(stored, dict) else type(stored).__name__
+        raise KilnError(f"{path}: holds {found}; expected a decoder's tensors, such as decoder_pred.weight", hint)
+    return stored
+
+
 def load(path: Path, encoder_folder: Path) -> tuple[Autoencoder, Facts]:
     """The autoencoder in evaluation mode, on the CPU, with its encoder from `encoder_folder`.
 

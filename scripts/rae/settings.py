@@ -1,9 +1,10 @@
 """Settings of pipeline `rae`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 
 VALIDATION = ("validation", "val")  # what the split is called, unless `validation_split` says so
@@ -127,6 +128,16 @@ class DiscriminatorSettings(Settings):
 class AutoencoderSettings(Settings):
     """Stage 1: L1 + LPIPS + adaptive hinge GAN on a frozen encoder's noisy latents (arXiv:2510.11690)."""
 
+    original_names: ClassVar[dict[str, str]] = {
+        "pretrained_decoder_path": "init_from",
+        "noise_tau": "tau",
+        "global_batch_size": "batch_size",
+        "perceptual_weight": "lpips_weight",
+        "disc_weight": "gan_weight",
+        "disc_start": "gan_start",
+        "disc_upd_start": "discriminator_start",
+    }
+
     tau: float = Field(0.8, ge=0, description="greatest standard deviation of the latents' noise, U(0, tau) per sample")
     epochs: int = Field(16, gt=0)
     batch_size: int = Field(512, gt=0, description="images per optimiser step over all processes")
@@ -144,7 +155,11 @@ class AutoencoderSettings(Settings):
     gan_weight: float = Field(0.75, ge=0, description="times the adaptive weight")
     gan_start: int = Field(8, ge=0, description="first epoch whose generator loss counts")
     discriminator_start: int = Field(6, ge=0, description="first epoch in which the discriminator learns")
-    init_from: str | None = Field(None, description="an autoencoder's EMA decoder to start from (.safetensors or .pt)")
+    init_from: str | None = Field(
+        None,
+        description="decoder to start from: an autoencoder.safetensors, or a published model.pt, by its path or its "
+        "name in config/models.csv",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
     compile: bool = Field(False, description="torch.compile of encoder and decoder")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
@@ -153,6 +168,20 @@ class AutoencoderSettings(Settings):
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+
+    def check_share(self, processes: int) -> None:
+        """Refuse a batch that processes and passes cannot share evenly.
+
+        Raises:
+            KilnError: names the multiple that they can.
+        """
+        share = processes * self.accumulation
+        if self.batch_size % share:
+            raise KilnError(
+                f"rae.autoencoder.batch_size {self.batch_size} over {processes} processes, one per GPU, and "
+                f"{self.accumulation} passes is no whole number",
+                f"set it to a multiple of {share}, or change the count of GPUs in the class that rae.resources names",
+            )
 
     @model_validator(mode="after")
     def _whole_steps(self):
