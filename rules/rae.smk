@@ -2,7 +2,8 @@
 Pipeline rae: image folders to a representation autoencoder for each encoder, and its rFID.
 
 REQUIRED INPUTS (config section `rae`):
-    images      folder with train/<class>/ and val/ (by class, or flat with a label file), or class folders alone
+    images      folder with train/<class>/ and val/ (by class, or flat with a label file), or class folders alone;
+                or an Arrow folder; or none, where dataset.source is hub: rule retrieve_dataset brings dataset.repo
     encoders    DINOv2, SigLIP2, SigLIP; `use` names those to build for
     weights     VGG16 (LPIPS), DINO (discriminator), Inception (rFID)
 
@@ -29,25 +30,32 @@ RAE_ENCODERS = {name: getattr(CONFIG.rae.encoders, name) for name in CONFIG.rae.
 RAE_ENCODER = "|".join(RAE_ENCODERS)
 RAE_FOLDERS = {name: model_folder(one.model) for name, one in RAE_ENCODERS.items()}
 RAE_ENCODER_FILES = {name: model_folder_files(one.model) for name, one in RAE_ENCODERS.items()}
-RAE_WEIGHTS = {  # option: file of each network that is only used
+RAE_WEIGHTS = {  # option: file of each network that is used as it comes
     "vgg": CONFIG.rae.perceptual.weights,
     "dino": None if CONFIG.rae.discriminator.recipe == "free" else CONFIG.rae.discriminator.weights,
     "inception": None if CONFIG.rae.evaluate.extractor == "kiln-random" else CONFIG.rae.evaluate.inception,
+    "init-from": CONFIG.rae.autoencoder.init_from,
 }
 RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
 RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
+RAE_PROCESSES = max(1, GPUS[CONFIG.rae.resources])
 RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
 RAE_PUBLISHED = {name: getattr(CONFIG.rae.published, name) for name in CONFIG.rae.use}
 RAE_PUBLISHED_ENCODER = "|".join(name for name, one in RAE_PUBLISHED.items() if one.decoder) or "(?!)"
 RAE_DEMO = "--demo" if CONFIG.rae.images.startswith(f"{DEMO}/") else ""
 RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
+RAE_IMAGES = CONFIG.rae.images
+RAE_SOURCE = sorted(map(str, Path(RAE_IMAGES).glob("*/state.json")))
+if CONFIG.rae.dataset.source == "hub":
+    RAE_IMAGES = f"{CONFIG.datasets}/{CONFIG.rae.dataset.repo}"
+    RAE_SOURCE = [f"{RAE_IMAGES}/files.json"]
 
 
 rule rae_build_arrow:
     input:
         images=drawn(CONFIG.rae.images),
         labels=[CONFIG.rae.dataset.labels] if CONFIG.rae.dataset.labels else [],
-        arrow=[] if RAE_IN_FOLDERS else sorted(map(str, Path(CONFIG.rae.images).glob("*/state.json"))),
+        source=[] if RAE_IN_FOLDERS else RAE_SOURCE,
     output:
         listing=f"{RAE}/build_arrow/dataset/files.json",
         quarantine=f"{RAE}/build_arrow/quarantine.tsv",
@@ -64,12 +72,12 @@ rule rae_build_arrow:
         **class_resources("cpu"),
     params:
         step=outside(STEP),
-        images=outside(CONFIG.rae.images),
+        images=outside(RAE_IMAGES),
         execution=outside(execution("rae.dataset")),
         state=outside(f"{STATE}/rae/build_arrow"),
-        settings=numerics("rae.dataset"),
+        settings=lambda wildcards: numerics("rae.dataset"),  # it holds {split}, which is no wildcard
         code=code_key("scripts.rae.build_arrow"),
-        files=folder_digest(CONFIG.rae.images) if RAE_IN_FOLDERS else [],
+        files=folder_digest(RAE_IMAGES) if RAE_IN_FOLDERS else [],
         folder=subpath(output.meta, parent=True),
     message:
         "Build the Arrow dataset"
@@ -139,7 +147,8 @@ rule rae_train_autoencoder:
         encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
         statistics=rules.rae_compute_latent_stats.output.statistics,
         weights=RAE_FILES["vgg"] + RAE_FILES["dino"],
-        init=[CONFIG.rae.autoencoder.init_from] if CONFIG.rae.autoencoder.init_from else [],
+        # before any job: does the global batch divide among the GPUs?
+        init=lambda wildcards: or_stop(CONFIG.rae.autoencoder.check_share, RAE_PROCESSES) or RAE_FILES["init-from"],
         # of rFID while training, always: an input that comes and goes with a setting would retrain
         inception=ancient(model_files(CONFIG.rae.evaluate.inception) if CONFIG.rae.evaluate.inception else []),
     output:
@@ -175,6 +184,7 @@ rule rae_train_autoencoder:
         dino=outside(RAE_OPTIONS["dino"]),
         extractor=outside(CONFIG.rae.evaluate.extractor),
         inception=outside(RAE_OPTIONS["inception"]),
+        init=outside(RAE_OPTIONS["init-from"]),
         tracker=outside(f"{LOGS}/rae/train_autoencoder"),
         settings=lambda wildcards: numerics(
             encoder=f"rae.encoders.{wildcards.encoder}",
@@ -198,6 +208,7 @@ rule rae_train_autoencoder:
         " {params.dino}"
         " --extractor {params.extractor}"
         " {params.inception}"
+        " {params.init}"
         " --state-folder {params.state:q}/{wildcards.encoder}"
         " --tracker-folder {params.tracker:q}/{wildcards.encoder}"
         " --output-folder {params.folder:q}"

@@ -1,15 +1,17 @@
 """
-Retrieval of models: the only rule that downloads, run where Snakemake itself runs (the login node).
+Retrieval of models and data sets: the only rules that download, run where Snakemake itself runs (the login node).
 
-REQUIRED INPUTS: config/models.csv, the table of models; config/models.lock.json once there is one.
+REQUIRED INPUTS: config/models.csv, the table of models; config/models.lock.json and config/datasets.lock.json once
+there are such.
 
 OUTPUTS (below the folder `models`, by default resources/models):
     {name}/             the model's files
     {name}/files.json   their names, bytes and sha256
     {name}/meta.json    source, commit, and what else the step records
-    and config/models.lock.json, to which the first retrieval of each model adds its commit and hashes
+    and config/models.lock.json, to which the first retrieval of each model adds its commit and hashes; data sets
+    likewise, below the folder `datasets` and in config/datasets.lock.json
 
-STEPS: a rule that uses a model waits for its files.json; only models that some rule uses are retrieved.
+STEPS: a rule that uses a model or data set waits for its files.json; only what some rule uses is retrieved.
 
 The table is no input: a row is in params instead, so that a changed row reruns its own model only.
 """
@@ -17,6 +19,8 @@ The table is no input: a row is in params instead, so that a changed row reruns 
 import re
 
 MODELS_LOCK = f"{ROOT}/config/models.lock.json"
+DATASETS_LOCK = f"{ROOT}/config/datasets.lock.json"
+DATASETS = {CONFIG.rae.dataset.repo: CONFIG.rae.dataset.wanted()}
 
 
 rule retrieve_model:
@@ -46,6 +50,38 @@ rule retrieve_model:
         "{params.step} scripts.retrieve.model"
         " --name {wildcards.name:q}"
         " --models {params.table:q}"
+        " --lock {params.lock:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule retrieve_dataset:
+    output:
+        listing=f"{CONFIG.datasets}/{{repo}}/files.json",
+        meta=f"{CONFIG.datasets}/{{repo}}/meta.json",
+    log:
+        f"{LOGS}/retrieve_dataset/{{repo}}.log",
+    benchmark:
+        f"{BENCHMARKS}/retrieve_dataset/{{repo}}.tsv"
+    wildcard_constraints:
+        repo="|".join(map(re.escape, DATASETS)),
+    localrule: True
+    conda:
+        "../envs/retrieve.yaml"
+    threads: 1
+    params:
+        step=outside(STEP_ONLINE),
+        settings=lambda wildcards: kiln_settings.to_json(DATASETS[wildcards.repo]),
+        code=code_key("scripts.retrieve.dataset"),
+        lock=outside(DATASETS_LOCK),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Retrieve data set {wildcards.repo}"
+    shell:
+        "{params.step} scripts.retrieve.dataset"
+        " --settings {params.settings:q}"
         " --lock {params.lock:q}"
         " --output-folder {params.folder:q}"
         " --code-key {params.code}"

@@ -55,6 +55,7 @@ class Config(Settings):
 
     results: str = Field("results", description="folder of everything that is made")
     models: str = Field("resources/models", description="folder of retrieved models")
+    datasets: str = Field("resources/datasets", description="folder of retrieved data sets")
     device: str = execution(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
     )

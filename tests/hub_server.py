@@ -1,7 +1,8 @@
-"""A small hub on this machine: model repos by the routes of the Hugging Face hub, plain files, and faults on demand.
+"""A small hub on this machine: repos by the routes of the Hugging Face hub, plain files, and faults on demand.
 
     with HubServer() as hub:
         hub.repos["me/model"] = {"config.json": b"{}"}
+        hub.repos["datasets/me/data"] = {"data/train-0.parquet": b"..."}    # a data set
         hub.files["weights.pth"] = b"..."       # at hub.url + "/files/weights.pth"
         hub.cuts["config.json"] = [1000]        # the next answer breaks off after 1000 bytes, the one after is whole
         hub.unavailable = 2                     # the next two answers are 503
@@ -77,12 +78,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if name not in hub.files:
                 return self._json(404, {"error": "not found"})
             return self._send(name, hub.files[name], {"ETag": f'"{_sha256(hub.files[name])}"'})
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/(.+)|/tree/(.+))?", path):
-            repo, _, revision, tree = found.groups()
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/revision/(.+)|/tree/(.+))?", path):
+            kind, repo, _, revision, tree = found.groups()
+            repo = f"datasets/{repo}" if kind == "datasets" else repo
             if not self._known(repo, revision or tree):
                 return None
             return self._json(200, self._tree(repo) if tree else self._info(repo))
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repo, revision, name = found.groups()
             if not self._known(repo, revision) or not self._allowed(repo):
                 return None
@@ -113,7 +115,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _info(self, repo: str) -> dict:
         siblings = [{"rfilename": name} for name in self.hub.repos[repo]]
-        facts = {"_id": "1", "id": repo, "sha": self.hub.commit(repo), "private": False, "disabled": False}
+        facts = {
+            "_id": "1",
+            "id": repo.removeprefix("datasets/"),
+            "sha": self.hub.commit(repo),
+            "private": False,
+            "disabled": False,
+        }
         return facts | {"gated": "auto" if repo in self.hub.gated else False, "tags": [], "siblings": siblings}
 
     def _tree(self, repo: str) -> list[dict]:
@@ -159,7 +167,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _is_lfs(name: str) -> bool:
-    return name.endswith((".safetensors", ".pt", ".pth"))
+    return name.endswith((".safetensors", ".pt", ".pth", ".parquet"))
 
 
 def _sha256(data: bytes) -> str:

@@ -402,7 +402,6 @@ def test_shards_that_differ_from_their_source_are_refused(images, tmp_path, monk
         (lambda root: [p.unlink() for p in (root / "val").rglob("*.JPEG")], {}, "val: no file ends with"),
         (lambda root: [p.write_bytes(b"?") for p in (root / "val").rglob("*.JPEG")], {}, "validation: none of 6"),
         (lambda root: None, {"validation_split": "test"}, "test: no such folder"),
-        (lambda root: None, {"source": "hub"}, "does not download"),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_used_are_refused(images, tmp_path, change, settings, message):
@@ -420,7 +419,6 @@ def test_missing_folders_and_missing_labels_are_refused(images, tmp_path):
     error = refused(images, tmp_path / "out")
     assert "images without class folders" in error.message and "labels" in error.hint
     assert "but no validation folder" in refused(single, tmp_path / "out", labels=str(labels)).message
-    assert "retrieve_" in refused(images, tmp_path / "out", source="hub").hint
 
 
 def test_by_hand_it_works_and_fails_as_a_command_line(images, tmp_path):

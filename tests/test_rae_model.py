@@ -403,14 +403,16 @@ def test_unpatchify_puts_every_value_in_its_place():
                 assert images[:, colour, y, x].equal(expected)
 
 
-@pytest.mark.parametrize("grid, image_size, hint", [(16, 250, "256"), (27, 378, None), (16, 5, "16"), (5, 0, "5")])
+@pytest.mark.parametrize(
+    "grid, image_size, hint", [(16, 250, "240 or 256"), (27, 378, None), (16, 5, "16"), (5, 0, "5")]
+)
 def test_the_patch_is_derived_or_refused(grid, image_size, hint):
     if hint is None:
         assert Decoder(6, grid, image_size, TINY).patch == 14
         return
     with pytest.raises(KilnError, match=f"image size {image_size} is no multiple") as caught:
         Decoder(6, grid, image_size, TINY)
-    assert f"image size to {hint}," in caught.value.hint
+    assert f"image_size to {hint}," in caught.value.hint
 
 
 def test_decoder_refuses_other_shapes():

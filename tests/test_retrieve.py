@@ -409,5 +409,5 @@ def test_two_first_retrievals_with_different_bytes_do_not_both_lock(tmp_path):
 def test_a_broken_lock_is_named(tmp_path):
     path = tmp_path / "lock.json"
     path.write_text('{"a": {"source": 1}}', encoding="utf-8")
-    with pytest.raises(KilnError, match="not a lock of models"):
+    with pytest.raises(KilnError, match="not a lock of retrieved files"):
         lock.read(path)

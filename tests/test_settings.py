@@ -148,6 +148,24 @@ def test_unknown_key_names_key_allowed_and_nearest(values, key, allowed, nearest
     assert "a test" in error.message
 
 
+def test_a_name_of_the_original_project_gets_ours_as_the_hint():
+    class Renamed(Section):
+        original_names = {"learning_rate": "name"}
+
+    assert fails(Renamed, {"learning_rate": 1}).hint == "did you mean 'name'?"
+    places, checked = [config.Config], 0
+    while places:
+        place = places.pop()
+        inner = [settings._model_in(field.annotation) for field in place.model_fields.values()]
+        places += [one for one in inner if one]
+        assert set(place.original_names.values()) <= set(place.model_fields)
+        assert not place.original_names.keys() & place.model_fields.keys()
+        checked += len(place.original_names)
+    assert checked
+    error = fails(config.Config, {"rae": {"autoencoder": {"pretrained_decoder_path": "model.pt"}}})
+    assert error.hint == "did you mean 'rae.autoencoder.init_from'?"
+
+
 def test_several_bad_keys_are_all_named():
     error = fails(Section, {"wrokers": 3, "optimiser": {"lr": -1}, "kind": "linear"})
     assert "'wrokers'" in error.message

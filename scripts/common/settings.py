@@ -10,7 +10,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,8 +19,13 @@ from scripts.common.errors import KilnError
 
 
 class Settings(BaseModel):
-    """Base of every settings section: unknown keys are refused, values cannot change."""
+    """Base of every settings section: unknown keys are refused, values cannot change.
 
+    Attributes:
+        original_names: {name in the original project: name here}, for the hint at an unknown key.
+    """
+
+    original_names: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
@@ -119,8 +124,10 @@ def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
         for one in error.errors():
             key = ".".join(str(part) for part in one["loc"])
             if one["type"] == "extra_forbidden":
-                allowed = _keys_at(model, one["loc"][:-1])
-                near = difflib.get_close_matches(str(one["loc"][-1]), allowed, n=1, cutoff=0.5)
+                place, name = _model_at(model, one["loc"][:-1]), str(one["loc"][-1])
+                allowed = list(place.model_fields) if place else []
+                ours = place.original_names.get(name) if place else None
+                near = [ours] if ours else difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
                 lines.append(f"unknown key {key!r}; allowed here: {', '.join(allowed)}")
                 if near:
                     full = ".".join([*map(str, one["loc"][:-1]), near[0]])
@@ -131,14 +138,14 @@ def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
         raise KilnError(message, " ".join(hints) or "config/default.yaml lists every key with its default") from None
 
 
-def _keys_at(model: type[BaseModel], location: tuple) -> list[str]:
+def _model_at(model: type[BaseModel], location: tuple) -> type[Settings] | None:
     for part in location:
         if part in model.model_fields:
             inner = _model_in(model.model_fields[part].annotation)
             if inner is None:
-                return []
+                return None
             model = inner  # an index or a key of a list or dict of models stays at its model
-    return list(model.model_fields)
+    return model
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

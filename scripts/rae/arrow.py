@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from scripts.common import artefacts, images
 from scripts.common.errors import KilnError
 from scripts.common.images import ImageError
+from scripts.rae import parquet
 
-VALIDATION = ("validation", "val")
 BATCH_ROWS = 100
 BATCH_BYTES = 2**28  # far below the 2 GiB that 32-bit offsets reach
 NO_LIMIT = 2**62  # over-large images were quarantined when the dataset was built
@@ -30,12 +30,21 @@ _BAD_HEADER = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, Look
 
 
 class Picture(NamedTuple):
-    """An image file: where it is, the path to store, its label, and its size in bytes when it was listed."""
+    """An image: its file, the path to store, its label, and its size in bytes when it was listed.
+
+    In a parquet file it is the image of `row`, whose size is not known before it is read.
+    """
 
     file: str
     path: str
     label: int
-    size: int
+    size: int | None
+    row: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The file, and the row in it."""
+        return self.file if self.row is None else f"{self.file}#{self.row}"
 
 
 def make_features(classes: Sequence[str]) -> datasets.Features:
@@ -80,29 +89,37 @@ def verify_image(data: bytes, max_pixels: int, verify: str) -> None:
 def write_shard(path: Path, pictures: Sequence[Picture], classes: Sequence[str], max_pixels: int, verify: str) -> None:
     """Write one shard of good images, whole or not at all, and its record `path` with ending .json.
 
-    The record, which is written last, is {bytes, sha256, quarantined: [[index in `pictures`, reason], ...]}. At
-    most `BATCH_ROWS` images are in memory.
+    The record, which is written last, is {bytes, sha256, quarantined: [[index in `pictures`, reason], ...], sizes: the
+    images' bytes as read}. At most `BATCH_ROWS` images are in memory.
+
+    Args:
+        pictures: image files, or rows of one parquet file.
 
     Raises:
         KilnError: a file is gone, unreadable or of another size than when it was listed.
     """
     schema = make_features(classes).arrow_schema
     bad: list[tuple[int, str]] = []
+    sizes: list[int] = []
     with (
         artefacts.atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as writer,
     ):
-        for rows in _batches(_good_rows(pictures, max_pixels, verify, bad)):
+        for rows in _batches(_good_rows(pictures, max_pixels, verify, bad, sizes)):
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     facts = artefacts.describe_files([path])[path.name]
-    artefacts.write_json(path.with_suffix(".json"), {**facts, "quarantined": bad})
+    artefacts.write_json(path.with_suffix(".json"), {**facts, "quarantined": bad, "sizes": sizes})
 
 
-def _good_rows(pictures: Sequence[Picture], max_pixels: int, verify: str, bad: list) -> Iterator[dict]:
-    for index, picture in enumerate(pictures):
-        data = _read(picture)
+def _good_rows(
+    pictures: Sequence[Picture], max_pixels: int, verify: str, bad: list, sizes: list
+) -> Iterator[dict[str, Any]]:
+    for index, (picture, data) in enumerate(zip(pictures, _contents(pictures), strict=True)):
+        sizes.append(len(data or b""))
         try:
+            if data is None:
+                raise ImageError("no bytes in its row")
             verify_image(data, max_pixels, verify)
         except ImageError as error:
             bad.append((index, str(error)))
@@ -120,6 +137,12 @@ def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _contents(pictures: Sequence[Picture]) -> Iterator[bytes | None]:
+    if pictures and pictures[0].row is not None:
+        return parquet.read_images(Path(pictures[0].file), [picture.row for picture in pictures])
+    return map(_read, pictures)
 
 
 def _read(picture: Picture) -> bytes:

@@ -138,7 +138,14 @@ class Fit:
         return max(1, len(self.data) // self.values.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, but for the random generators."""
+        """All that a resumed run needs, but for the random generators.
+
+        Raises:
+            KilnError: a weight is not finite, so that this would be no good state.
+        """
+        for what, model in (("decoder", self.autoencoder.decoder), ("discriminator", self.bare_discriminator.heads)):
+            for name, weight in model.named_parameters():
+                self._require_finite(f"the {what}'s largest {name}", weight.detach().abs().max(), {})
         scaler = self.accelerator.scaler
         return {
             "decoder": self.autoencoder.decoder.state_dict(),
@@ -216,12 +223,7 @@ class Fit:
             with _synchronised(self.accelerator, self.model, last):
                 terms = self._generator_loss(images[part], indices[part], part)
                 loss = terms.pop("loss")
-                if not torch.isfinite(loss):
-                    raise KilnError(
-                        f"loss is {loss.item()} at step {at.step}, epoch {at.epoch}, batch {at.batch} (counted from "
-                        f"0): {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())}",
-                        "the last saved state is kept; lower rae.autoencoder.lr, or set precision to fp32",
-                    )
+                self._require_finite("loss", loss, terms)
                 self.accelerator.backward(loss / len(parts))
             for name, value in terms.items():
                 found.setdefault(name, []).append(value)
@@ -281,12 +283,24 @@ class Fit:
                 with self.accelerator.autocast():
                     real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
                 loss = losses.discriminator_loss(real_logits, fake_logits)
+                self._require_finite("the discriminator's loss", loss, {})
                 self.accelerator.backward(loss / len(parts))
             right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
             found.setdefault("discriminator", []).append(loss.detach())
             found.setdefault("discriminator_accuracy", []).append(right.detach())
         self.disc_optimiser.step()
         self.disc_optimiser.zero_grad(set_to_none=True)
+
+    def _require_finite(self, what: str, value: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        if torch.isfinite(value).all():
+            return
+        at = self.at
+        found = ", ".join(f"{name} {one.item():.4g}" for name, one in terms.items())
+        raise KilnError(
+            f"{what} is {value.item()} at step {at.step}, epoch {at.epoch}, batch {at.batch} (counted from 0)"
+            + (f": {found}" if found else ""),
+            "the last saved state is kept; lower rae.autoencoder.lr, or set precision to fp32",
+        )
 
     def _draw(self, images: torch.Tensor, positions: torch.Tensor, stream: int) -> augment.Draw:
         """DiffAugment's values of this process's samples, drawn for the global batch, whatever the processes."""

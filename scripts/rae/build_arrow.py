@@ -1,16 +1,20 @@
-"""Image folders as an Arrow dataset with the splits train and validation; files are kept byte for byte.
+"""Images as an Arrow dataset with the splits train and validation; files are kept byte for byte.
 
 Rule `rae_build_arrow`. Below the folder of images lie train/CLASS/* and validation/ or val/, which holds class folders
 or, with a label file, images alone; a folder of nothing but class folders has a share of each class cut off for
-validation. What is no whole image goes to quarantine.tsv. Shards are built in parallel and survive a killed run. An
-existing Arrow folder (source=arrow) is checked, and linked to. By hand:
+validation. What is no whole image goes to quarantine.tsv. Shards are built in parallel and survive a killed run. A
+data set of the hub (source=hub) is read from the parquet files of rule `retrieve_dataset`, a shard for each; it becomes
+Arrow, too, for parquet cannot be read row by row. An existing Arrow folder (source=arrow) is checked, and linked to. By
+hand:
 `python -m scripts.rae.build_arrow --images DIR --output-folder OUT`; then `datasets.load_from_disk("OUT/dataset")`.
 """
 
 import argparse
 import difflib
 import errno
+import fnmatch
 import hashlib
+import itertools
 import os
 import shutil
 from collections import Counter
@@ -26,9 +30,9 @@ from scripts.common import artefacts, images, preflight, progress, shards, step,
 from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind, to_json
-from scripts.rae import arrow
-from scripts.rae.arrow import VALIDATION, Picture
-from scripts.rae.settings import DatasetSettings
+from scripts.rae import arrow, parquet
+from scripts.rae.arrow import Picture
+from scripts.rae.settings import VALIDATION, DatasetSettings
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -215,23 +219,92 @@ def cut_validation(pictures: Sequence[Picture], share: float, seed: int) -> tupl
     Of each class, round((1 - share) n) images are cut off, at least one of two or more, and never all: those whose
     paths hash lowest. An image that is added later thus moves at most one other of its class.
     """
-    ranked: dict[int, list[tuple[str, str]]] = {}
-    for picture in pictures:
+    ranked: dict[int, list[tuple[str, int]]] = {}
+    for index, picture in enumerate(pictures):
         key = hashlib.sha256(f"{seed}\0{picture.path}".encode()).hexdigest()
-        ranked.setdefault(picture.label, []).append((key, picture.path))
+        ranked.setdefault(picture.label, []).append((key, index))
     cut = set()
     for own in ranked.values():
         count = min(max(round((1 - share) * len(own)), 1), len(own) - 1)
-        cut.update(path for _, path in sorted(own)[:count])
-    train = [picture for picture in pictures if picture.path not in cut]
-    return train, [picture for picture in pictures if picture.path in cut]
+        cut.update(index for _, index in sorted(own)[:count])
+    train = [picture for index, picture in enumerate(pictures) if index not in cut]
+    return train, [picture for index, picture in enumerate(pictures) if index in cut]
+
+
+def list_rows(root: Path, values: DatasetSettings) -> Listing:
+    """Every row of the splits' parquet files below `root`.
+
+    Raises:
+        KilnError: no such files, or others than were retrieved; other columns, or classes that differ; a label that is
+            no class; or nothing to validate on.
+    """
+    known = artefacts.read_json(root / "files.json")
+    files = {"train": _parquet_files(root, values, values.train_split, known)}
+    if not files["train"]:
+        raise KilnError(
+            f"{root}: no {values.parquet_files(values.train_split)}; it has {', '.join(sorted(known)) or 'no files'}",
+            "name the split to train on in train_split, and its files in parquet",
+        )
+    source = "cut from train"
+    for name in [values.validation_split] if values.validation_split else VALIDATION:
+        if found := _parquet_files(root, values, name, known):
+            source, files["validation"] = name, found
+            break
+    if values.validation_split and source == "cut from train":
+        raise KilnError(
+            f"{root}: no {values.parquet_files(values.validation_split)}; it has {', '.join(sorted(known))}",
+            "name the split to validate on in validation_split",
+        )
+    classes = parquet.read_classes(files["train"][0])
+    splits = {split: _rows(own, classes) for split, own in files.items()}
+    if source == "cut from train":
+        splits["train"], splits["validation"] = cut_validation(splits["train"], values.train_share, values.seed)
+    for split, pictures in splits.items():
+        if not pictures:
+            raise KilnError(f"{root}: {split} is empty", "choose another split, or give more images")
+    used = [str(file.relative_to(root)) for own in files.values() for file in own]
+    digest = artefacts.sha256_text(*(f"{name} {known[name]['sha256']}" for name in used), *classes)
+    return Listing(classes, splits, source, 0, digest)
+
+
+def _parquet_files(root: Path, values: DatasetSettings, split: str, known: Mapping[str, Mapping]) -> list[Path]:
+    pattern = values.parquet_files(split)
+    wanted = sorted(fnmatch.filter(known, pattern))
+    for name in wanted:
+        size = (root / name).stat().st_size if (root / name).is_file() else None
+        if size != known[name]["bytes"]:
+            raise KilnError(
+                f"{root / name}: {'no such file' if size is None else f'{size} bytes'}, but files.json says "
+                f"{known[name]['bytes']} bytes",
+                f"delete {root / 'files.json'} and run again: what is missing is retrieved again",
+            )
+    return [root / name for name in wanted]
+
+
+def _rows(files: Sequence[Path], classes: Sequence[str]) -> list[Picture]:
+    pictures = []
+    for file in files:
+        if parquet.read_classes(file) != classes:
+            raise KilnError(
+                f"{file}: its classes are not those of the first file of train", "all files must have one ClassLabel"
+            )
+        labels, paths = parquet.read_listing(file, len(classes))
+        place = os.path.abspath(file)
+        pictures += [
+            Picture(place, path or f"{file.name}#{row}", label, None, row)
+            for row, (label, path) in enumerate(zip(labels, paths, strict=True))
+        ]
+    return pictures
 
 
 def plan_shards(state: Path, splits: Mapping[str, Sequence[Picture]], per_shard: int) -> list[Shard]:
-    """The shards of all splits, in order, to be built below `state`."""
+    """The shards of all splits, in order, to be built below `state`: of `per_shard` files, or of one parquet file."""
     planned = []
     for split, pictures in splits.items():
-        chunks = [list(pictures[start : start + per_shard]) for start in range(0, len(pictures), per_shard)]
+        if pictures[0].row is None:
+            chunks = [list(pictures[start : start + per_shard]) for start in range(0, len(pictures), per_shard)]
+        else:
+            chunks = [list(own) for _, own in itertools.groupby(pictures, key=lambda picture: picture.file)]
         names = arrow.shard_names(len(chunks))
         planned += [Shard(state / split / name, split, chunk) for name, chunk in zip(names, chunks, strict=True)]
     return planned
@@ -247,7 +320,7 @@ def build_shards(planned: Sequence[Shard], classes: Sequence[str], values: Datas
     step.log.info("%d of %d shards to build, %d processes", len(todo), len(planned), processes)
     if not todo:
         return
-    needed = sum(picture.size for shard in todo for picture in shard.pictures)
+    needed = sum(_size(shard) for shard in todo)
     preflight.require_disk(todo[0].file, needed, "the shards")
     work = (
         joblib.delayed(arrow.write_shard)(shard.file, shard.pictures, classes, values.max_pixels, values.verify)
@@ -258,8 +331,14 @@ def build_shards(planned: Sequence[Shard], classes: Sequence[str], values: Datas
         pass
 
 
+def _size(shard: Shard) -> int:
+    if shard.pictures[0].row is None:
+        return sum(picture.size for picture in shard.pictures)
+    return os.path.getsize(shard.pictures[0].file)
+
+
 def check_shards(planned: Sequence[Shard], classes: Sequence[str], root: Path) -> tuple[dict, list[tuple]]:
-    """Compare images and bytes of each class in the shards, as stored, with those that were listed.
+    """Compare images and bytes of each class in the shards, as stored, with those that were listed (or read).
 
     Returns: {split: counts}, and the quarantined as rows (split, path below `root`, reason).
 
@@ -272,12 +351,14 @@ def check_shards(planned: Sequence[Shard], classes: Sequence[str], root: Path) -
         want = np.zeros((2, len(classes)), dtype=np.int64)
         reasons = []
         for shard in own:
-            quarantined = dict(arrow.read_record(shard.file)["quarantined"])
+            made = arrow.read_record(shard.file)
+            quarantined = dict(made["quarantined"])
             for index, picture in enumerate(shard.pictures):
                 if index in quarantined:
-                    reasons.append((split, os.path.relpath(picture.file, os.path.abspath(root)), quarantined[index]))
+                    reasons.append((split, os.path.relpath(picture.place, os.path.abspath(root)), quarantined[index]))
                 else:
-                    want[:, picture.label] += 1, picture.size
+                    size = made["sizes"][index] if picture.size is None else picture.size
+                    want[:, picture.label] += 1, size
         have = np.stack(arrow.count_by_class([shard.file for shard in own], len(classes)))
         for label in np.flatnonzero((want != have).any(axis=0))[:1]:
             raise KilnError(
@@ -315,8 +396,9 @@ def _place(source: Path, target: Path) -> None:
 
 
 def build(args: argparse.Namespace, values: DatasetSettings, labels: Path | None, record) -> tuple[dict, list[tuple]]:
-    """Build the dataset from folders of images; (summary, quarantined)."""
-    listing = list_pictures(args.images, values, labels)
+    """Build the dataset from folders of images or parquet files; (summary, quarantined)."""
+    in_folders = values.source == "folders"
+    listing = list_pictures(args.images, values, labels) if in_folders else list_rows(args.images, values)
     record.facts["listing"] = listing.digest
     numerics = to_json(of_kind(values, "numerics"))
     # what training_state.fingerprint gives, without its torch
@@ -337,7 +419,7 @@ def build(args: argparse.Namespace, values: DatasetSettings, labels: Path | None
             arrow.describe_splits(folder, hashes, arrow.make_features(listing.classes))
     reasons = Counter(reason.split(":")[0] for _, _, reason in bad)
     return {
-        "source": "folders",
+        "source": values.source,
         "validation": listing.validation,
         "classes": len(listing.classes),
         "not_images_by_name": listing.ignored,
@@ -378,7 +460,7 @@ def link_arrow(source: Path, folder: Path, values: DatasetSettings) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = step.parser(__doc__, DatasetSettings, by_hand=True)
-    made.add_argument("--images", type=Path, required=True, help="folder of images; for source=arrow the Arrow folder")
+    made.add_argument("--images", type=Path, required=True, help="folder of images, of Arrow or of parquet files")
     made.add_argument("--labels", type=Path, help="label file of a flat validation folder (default: setting labels)")
     made.add_argument("--output-folder", type=Path, required=True, help="where dataset/ and its companions go")
     made.add_argument("--state-folder", type=Path, help="where finished shards lie meanwhile (default: beside it)")
@@ -388,17 +470,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Build, or check and link, the dataset of `args.images`."""
     values = step.read_settings(args)
-    if values.source == "hub":
-        raise KilnError(
-            "source = hub: this step does not download",
-            "let a retrieval rule (retrieve_*, such as retrieve_model) bring the data set, and give the folder of "
-            "load_from_disk with source=arrow",
-        )
     out = args.output_folder
     args.meta = args.meta or out / "meta.json"
     args.state_folder = args.state_folder or out.with_name(f".{out.name}.state")
     labels = args.labels or (Path(values.labels) if values.labels else None)
-    record = step.record(args, "scripts.rae.build_arrow", values, {"labels": labels} if labels else {})
+    inputs = {"labels": labels} if labels else {}
+    inputs |= {"retrieved": args.images / "files.json"} if values.source == "hub" else {}
+    record = step.record(args, "scripts.rae.build_arrow", values, inputs)
     if values.source == "arrow":
         summary, bad = link_arrow(args.images, out / "dataset", values), []
     else:
@@ -410,7 +488,7 @@ def run(args: argparse.Namespace) -> None:
     record.write(args.meta, outputs, items=sum(one["in"] for one in summary["splits"].values()))
     for split, one in summary["splits"].items():
         step.log.info("%s: %s", split, {name: number for name, number in one.items() if name != "by_class"})
-    if values.source == "folders":
+    if values.source != "arrow":
         shutil.rmtree(args.state_folder, ignore_errors=True)
 
 

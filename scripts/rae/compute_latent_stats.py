@@ -17,6 +17,7 @@ from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 from scripts.rae import arrow, latent_stats, parts, pictures
 from scripts.rae.encoder import Encoder
+from scripts.rae.grid import decoder_patch
 from scripts.rae.settings import EncoderSettings, LatentStatsSettings
 
 
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = arrow.open_split(args.dataset, "train")
     crops = arrow.Pictures(dataset, pictures.CentreCrop(values.image_size))
     encoder = Encoder(args.encoder, values.encoder.input_size).to(accelerator.device)
+    decoder_patch(values.image_size, encoder.grid)  # now, and not after hours, when a decoder is to be built
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
 

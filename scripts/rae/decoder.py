@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
 
 from scripts.common.errors import KilnError
+from scripts.rae.grid import decoder_patch
 
 EPS = 1e-12
 
@@ -99,18 +100,12 @@ class Decoder(nn.Module):
 
     def __init__(self, latent_dim: int, grid: int, image_size: int, size: Size):
         super().__init__()
-        if image_size < 1 or image_size % grid:
-            near = max(1, round(image_size / grid)) * grid
-            raise KilnError(
-                f"image size {image_size} is no multiple of the encoder's grid of {grid} x {grid} patches",
-                f"set the image size to {near}, or an encoder input size that gives another grid",
-            )
         if size.width % 4 or size.width % size.heads:
             raise KilnError(
                 f"decoder width {size.width} is no multiple of 4 and of its {size.heads} heads",
                 "choose a width that both divide",
             )
-        self.latent_dim, self.grid, self.patch = latent_dim, grid, image_size // grid
+        self.latent_dim, self.grid, self.patch = latent_dim, grid, decoder_patch(image_size, grid)
         self.decoder_embed = nn.Linear(latent_dim, size.width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
         self.register_buffer("decoder_pos_embed", position_embedding(size.width, grid))

@@ -13,6 +13,7 @@ from torch import nn
 
 from scripts.common import model_folders
 from scripts.common.errors import KilnError
+from scripts.rae.grid import neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +128,9 @@ def _read_config(folder: Path):
 
 def _grid(size: int, patch: int, folder: Path) -> int:
     if size < 1 or size % patch:
-        below = size // patch * patch
-        near = " or ".join(str(fitting) for fitting in (below, below + patch) if fitting > 0)
         raise KilnError(
             f"{folder}: encoder input size {size} is no multiple of the model's patch {patch}",
-            f"set the encoder's input size to {near}",
+            f"set the encoder's input size to {neighbours(size, patch)}",
         )
     return size // patch
 

@@ -14,7 +14,7 @@ from scripts.common.images import ImageError
 from scripts.rae import arrow, fid
 from scripts.rae.extractors import Extractor
 from scripts.rae.pictures import CentreCrop
-from scripts.rae.settings import DatasetSettings
+from scripts.rae.settings import VALIDATION, DatasetSettings
 
 
 class Files:
@@ -85,7 +85,7 @@ def open_pictures(data: Path, image_size: int, max_images: int | None) -> tuple[
         place = saved[0] if len(saved) == 1 else _validation_of(data, [one.name for one in saved])
         digest = artefacts.sha256_file(place / "state.json")
         return open_split(place.parent, place.name, image_size, max_images), digest
-    splits = [one.name for one in (data / name for name in (*arrow.VALIDATION, "train")) if one.is_dir()]
+    splits = [one.name for one in (data / name for name in (*VALIDATION, "train")) if one.is_dir()]
     place = _validation_of(data, splits) if splits else data
     items = shards.scan(place, images.EXTENSIONS).items
     digest = shards.ShardTable({"all": items}).digest("all")
@@ -98,7 +98,7 @@ def open_pictures(data: Path, image_size: int, max_images: int | None) -> tuple[
 
 
 def _validation_of(data: Path, splits: Sequence[str]) -> Path:
-    for name in arrow.VALIDATION:
+    for name in VALIDATION:
         if name in splits:
             return data / name
     raise KilnError(

@@ -1,11 +1,13 @@
 """Settings of pipeline `rae`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
+
+VALIDATION = ("validation", "val")  # what the split is called, unless `validation_split` says so
 
 
 class DatasetSettings(Settings):
@@ -14,9 +16,24 @@ class DatasetSettings(Settings):
     source: Literal["folders", "arrow", "hub"] = Field(
         "folders",
         description="folders: class folders of images; arrow: a folder that datasets.load_from_disk reads, used as it "
-        "is; hub: a data set of the Hugging Face hub",
+        "is; hub: parquet files of a data set of the Hugging Face hub, which rule retrieve_dataset brings",
     )
-    train_split: str = Field("train", min_length=1, description="folder, or split of an Arrow folder, to train on")
+    repo: str = Field(
+        "ILSVRC/imagenet-1k",
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="of source hub: owner/name",
+    )
+    revision: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w./-]*$",
+        description="of source hub: a branch, tag or commit; null: the default branch. Locked at first retrieval",
+    )
+    parquet: str = Field(
+        "data/{split}-*.parquet",
+        pattern=r"^[\w./*?+-]*\{split\}[\w./*?+-]*$",
+        description="of source hub: a split's files in the repo; * and ? match within one folder's name",
+    )
+    train_split: str = Field("train", min_length=1, description="folder, or split, to train on")
     validation_split: str | None = Field(
         None, description="that to validate on; null: validation or val, and without them a share cut from train"
     )
@@ -25,7 +42,7 @@ class DatasetSettings(Settings):
     )
     train_share: float = Field(0.95, gt=0, lt=1, description="of each class, where validation is cut from train")
     seed: int = Field(42, ge=0, description="of that cut")
-    images_per_shard: int = Field(2000, gt=0)
+    images_per_shard: int = Field(2000, gt=0, description="of source folders")
     max_pixels: int = Field(89_478_485, gt=0, description="larger images are quarantined as decompression bombs")
     verify: Literal["headers", "full"] = Field(
         "headers",
@@ -33,6 +50,16 @@ class DatasetSettings(Settings):
         "which finds damage inside PNGs; JPEG decoders pass over it",
     )
     processes: int = execution(8, ge=1, description="processes that read and check images, one shard each")
+
+    def parquet_files(self, split: str) -> str:
+        """The pattern of a split's files in the repo."""
+        return self.parquet.replace("{split}", split)
+
+    def wanted(self) -> dict[str, str | list[str]]:
+        """What rule retrieve_dataset is to bring."""
+        files = [self.parquet_files(split) for split in (self.train_split, self.validation_split) if split]
+        optional = [] if self.validation_split else [self.parquet_files(split) for split in VALIDATION]
+        return {"source": self.repo, "revision": self.revision or "", "files": files, "optional": optional}
 
 
 class EncoderSettings(Settings):
@@ -113,6 +140,16 @@ class RfidSettings(Settings):
 class AutoencoderSettings(Settings):
     """Stage 1: L1 + LPIPS + adaptive hinge GAN on a frozen encoder's noisy latents (arXiv:2510.11690)."""
 
+    original_names: ClassVar[dict[str, str]] = {
+        "pretrained_decoder_path": "init_from",
+        "noise_tau": "tau",
+        "global_batch_size": "batch_size",
+        "perceptual_weight": "lpips_weight",
+        "disc_weight": "gan_weight",
+        "disc_start": "gan_start",
+        "disc_upd_start": "discriminator_start",
+    }
+
     tau: float = Field(0.8, ge=0, description="greatest standard deviation of the latents' noise, U(0, tau) per sample")
     epochs: int = Field(16, gt=0)
     batch_size: int = Field(512, gt=0, description="images per optimiser step over all processes")
@@ -130,7 +167,11 @@ class AutoencoderSettings(Settings):
     gan_weight: float = Field(0.75, ge=0, description="times the adaptive weight")
     gan_start: int = Field(8, ge=0, description="first epoch whose generator loss counts")
     discriminator_start: int = Field(6, ge=0, description="first epoch in which the discriminator learns")
-    init_from: str | None = Field(None, description="an autoencoder's EMA decoder to start from (.safetensors or .pt)")
+    init_from: str | None = Field(
+        None,
+        description="decoder to start from: an autoencoder.safetensors, or a published model.pt, by its path or its "
+        "name in config/models.csv",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
     compile: bool = Field(False, description="torch.compile of encoder and decoder")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
@@ -143,6 +184,20 @@ class AutoencoderSettings(Settings):
         2500, ge=0, description="optimiser steps between sheets of validation pictures beside reconstructions; 0 is off"
     )
     rfid: RfidSettings = execution(RfidSettings(), description="rFID while training")
+
+    def check_share(self, processes: int) -> None:
+        """Refuse a batch that processes and passes cannot share evenly.
+
+        Raises:
+            KilnError: names the multiple that they can.
+        """
+        share = processes * self.accumulation
+        if self.batch_size % share:
+            raise KilnError(
+                f"rae.autoencoder.batch_size {self.batch_size} over {processes} processes, one per GPU, and "
+                f"{self.accumulation} passes is no whole number",
+                f"set it to a multiple of {share}, or change the count of GPUs in the class that rae.resources names",
+            )
 
     @model_validator(mode="after")
     def _whole_steps(self):

@@ -53,13 +53,7 @@ def check_batches(values: AutoencoderSettings, images: int, processes: int) -> N
     Raises:
         KilnError: says so.
     """
-    share = processes * values.accumulation
-    if values.batch_size % share:
-        raise KilnError(
-            f"rae.autoencoder.batch_size {values.batch_size} over {processes} processes and {values.accumulation} "
-            "passes is no whole number",
-            f"set it to a multiple of {share}",
-        )
+    values.check_share(processes)
     if images < values.batch_size:
         raise KilnError(
             f"{images} training images, fewer than rae.autoencoder.batch_size {values.batch_size}",
@@ -75,14 +69,22 @@ def check_room(fit: Fit, state_folder: Path) -> None:
     preflight.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
 
 
-def start_from(fit: Fit, path: Path) -> None:
+def start_from(fit: Fit, path: Path, encoder_folder: Path) -> None:
     """Take the decoder, and its average, from an earlier checkpoint or, by any other ending, a published model.pt.
 
     Raises:
-        KilnError: of another shape.
+        KilnError: of another encoder or shape.
     """
     if path.suffix == ".safetensors":
-        _, tensors = checkpoints.read(path)
+        facts, tensors = checkpoints.read(path)
+        found = checkpoints.identity(encoder_folder)
+        if found != facts.encoder_sha256:
+            raise KilnError(
+                f"{path}: trained on encoder {facts.encoder} ({facts.encoder_sha256[:12]}), but {encoder_folder} holds "
+                f"another ({found[:12]})",
+                "give a checkpoint of this encoder; a decoder in the published layout (model.pt) names no encoder and "
+                "is not asked for it",
+            )
         state = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")}
     else:
         own = fit.autoencoder.decoder
@@ -134,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--extractor", choices=(INCEPTION, RANDOM), default=INCEPTION, help="of rFID while training; decides no weight"
     )
     made.add_argument("--inception", type=Path, help="weights of torch-fidelity's Inception (.pth), for that rFID")
+    made.add_argument("--init-from", type=Path, help="checkpoint to start from (default: setting init_from)")
     made.add_argument("--state-folder", type=Path, required=True, help="where the resumable state lies")
     made.add_argument("--tracker-folder", type=Path, required=True, help="TensorBoard or W&B files, and sheets")
     made.add_argument("--output-folder", type=Path, required=True, help="autoencoder.safetensors, metrics.json, ...")
@@ -150,7 +153,8 @@ def run(args: argparse.Namespace) -> None:
     inputs = {"dataset": args.dataset / "files.json", "statistics": args.statistics}
     inputs |= model_folders.identity(args.encoder)
     inputs |= {name: path for name, path in (("vgg", args.vgg), ("dino", args.dino)) if path}
-    inputs |= {"init_from": Path(own.init_from)} if own.init_from else {}
+    init_from = args.init_from or (Path(own.init_from) if own.init_from else None)
+    inputs |= {"init_from": init_from} if init_from else {}
     record = step.record(args, "scripts.rae.train_autoencoder", values, inputs)
     data = TrainingPictures(arrow.open_split(args.dataset, "train"), values.image_size, own.seed)
     check_batches(own, len(data), accelerator.num_processes)
@@ -161,8 +165,8 @@ def run(args: argparse.Namespace) -> None:
         build_discriminator(values.discriminator, args.dino, own.seed),
         Lpips(args.vgg, values.perceptual.backbone), data, own, values.discriminator, accelerator, own.workers,
     )  # fmt: skip
-    if own.init_from:
-        start_from(fit, Path(own.init_from))
+    if init_from:
+        start_from(fit, init_from, args.encoder)
     check_room(fit, args.state_folder)
     monitor = Monitor(fit, args.dataset, values.image_size, args.extractor, args.inception, args.tracker_folder)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}

@@ -1,4 +1,4 @@
-"""Files of a model repo on the Hugging Face hub, at one commit.
+"""Files of a repo of the Hugging Face hub, of a model or a data set, at one commit.
 
 Requests are anonymous; HF_TOKEN is used only after the hub has refused one without it. HF_HOME,
 HF_ENDPOINT and the proxy variables are those that huggingface_hub knows. It must be imported after
@@ -23,6 +23,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from scripts.common.errors import KilnError
 from scripts.retrieve import transfer
+from scripts.retrieve.models import Model
 
 log = logging.getLogger("kiln")
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -39,15 +40,15 @@ class Remote(NamedTuple):
 
 
 class Repo:
-    """One model repo.
+    """The repo of a model or a data set.
 
     Args:
-        source: owner/repo.
+        model: what is wanted of it.
         wait: seconds before the second attempt; each later one waits twice as long.
     """
 
-    def __init__(self, source: str, wait: float):
-        self.source, self.wait = source, wait
+    def __init__(self, model: Model, wait: float):
+        self.model, self.source, self.wait = model, model.source, wait
         self.token: str | bool = False
         self.folder: Path | None = None
         disable_progress_bars()
@@ -57,12 +58,14 @@ class Repo:
 
     def resolve(self, revision: str) -> str:
         """The commit that `revision` (empty: the default branch) means now."""
-        info = self._call(lambda: self._api().model_info(self.source, revision=revision or None))
+        kind = self.model.repo_type
+        info = self._call(lambda: self._api().repo_info(self.source, revision=revision or None, repo_type=kind))
         return info.sha
 
     def listing(self, commit: str) -> dict[str, Remote]:
         """All files of the repo at `commit`."""
-        entries = self._call(lambda: list(self._api().list_repo_tree(self.source, recursive=True, revision=commit)))
+        options = {"recursive": True, "revision": commit, "repo_type": self.model.repo_type}
+        entries = self._call(lambda: list(self._api().list_repo_tree(self.source, **options)))
         files = (entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile))
         return {f.path: Remote(f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id) for f in files}
 
@@ -81,7 +84,12 @@ class Repo:
         wanted = [glob.escape(name) for name in names]
         self._call(
             lambda: huggingface_hub.snapshot_download(
-                self.source, revision=commit, allow_patterns=wanted, local_dir=folder, token=self.token
+                self.source,
+                repo_type=self.model.repo_type,
+                revision=commit,
+                allow_patterns=wanted,
+                local_dir=folder,
+                token=self.token,
             )
         )
 
@@ -111,32 +119,35 @@ class Repo:
     def _explain(self, error: BaseException) -> KilnError:
         status = _status(error)
         endpoint = transfer.clean(constants.ENDPOINT)
-        page = f"{endpoint}/{self.source}"
+        noun, place = self.model.noun, self.model.place
+        page = (
+            f"{endpoint}/datasets/{self.source}" if self.model.repo_type == "dataset" else f"{endpoint}/{self.source}"
+        )
         if isinstance(error, errors.OfflineModeIsEnabled):
             return KilnError(f"{self.source}: HF_HUB_OFFLINE is set, so nothing is retrieved", "unset it and run again")
         if isinstance(error, errors.GatedRepoError) or status == 403:
             if self.token:
                 return KilnError(
-                    f"{page}: the hub refuses this model to the account of HF_TOKEN ({status})",
+                    f"{page}: the hub refuses this {noun} to the account of HF_TOKEN ({status})",
                     f"open {page} with that account and accept its terms (some owners take days to approve);"
                     " HF_TOKEN must have the right to read gated repos",
                 )
             return KilnError(
-                f"{page}: this model is gated: the hub gives it only to accounts that accepted its terms ({status})",
+                f"{page}: this {noun} is gated: the hub gives it only to accounts that accepted its terms ({status})",
                 f"open {page}, log in, accept the terms, then set HF_TOKEN to a read token of that account",
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return KilnError(
                 f"{page}: no such revision ({status})",
-                "correct `revision` in config/models.csv, or leave it empty for the default branch",
+                f"correct `revision` in {place}, or leave it empty for the default branch",
             )
         if isinstance(error, errors.EntryNotFoundError) and status == 404:
-            return KilnError(f"{page}: no such file: {_reason(error)}", "correct `files` in config/models.csv")
+            return KilnError(f"{page}: no such file: {_reason(error)}", f"correct the wanted files in {place}")
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
             again = "HF_TOKEN may be wrong or expired" if self.token else "if it is private, set HF_TOKEN"
             return KilnError(
-                f"{page}: the hub has no such model, or does not show it to everyone ({status})",
-                f"check `source` in config/models.csv; {again}",
+                f"{page}: the hub has no such {noun}, or does not show it to everyone ({status})",
+                f"check the name of the repo in {place}; {again}",
             )
         if status == 429:
             return KilnError(f"{page}: asked too often from here (429)", "wait some minutes and run again")

@@ -1,7 +1,7 @@
-"""The lock of retrieved models: what the first retrieval got, and every later one must get again.
+"""The lock of retrieved models or data sets: what the first retrieval got, and every later one must get again.
 
-A JSON file beside the table of models, {name: {source, asked, revision, files: {name: {bytes, sha256}}}}:
-`asked` is what the table said, `revision` the commit that it meant then. Keep it under version control.
+A JSON file, for models beside their table, {name: {source, asked, revision, files: {name: {bytes, sha256}}}}:
+`asked` is what the table or the settings said, `revision` the commit that it meant then. Keep it under version control.
 """
 
 import os
@@ -26,7 +26,7 @@ class FileRecord(Settings):
 
 
 class Asked(Settings):
-    """What the table of models said when the entry was made."""
+    """What the table of models, or the settings, said when the entry was made."""
 
     revision: str
     files: tuple[str, ...]
@@ -43,7 +43,7 @@ class Entry(Settings):
 
 def asked_by(model: Model) -> Asked:
     """The part of a row that an entry answers."""
-    return Asked(revision=model.revision, files=model.files)
+    return Asked(revision=model.revision, files=model.asked_files)
 
 
 def read(path: Path) -> dict[str, Entry]:
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Entry]:
     try:
         return {name: Entry.model_validate(value) for name, value in values.items()}
     except (ValidationError, AttributeError) as error:
-        raise KilnError(f"{path}: not a lock of models: {error}", "restore it from version control") from None
+        raise KilnError(f"{path}: not a lock of retrieved files: {error}", "restore it from version control") from None
 
 
 def entry_for(path: Path, model: Model) -> Entry | None:
@@ -78,7 +78,7 @@ def entry_for(path: Path, model: Model) -> Entry | None:
     ):
         if locked != now:
             raise KilnError(
-                f"model {model.name!r}: the table says {what} {now!r}, but {path} was made for {locked!r}",
+                f"{model.title}: {model.place} says {what} {now!r}, but {path} was made for {locked!r}",
                 f"undo the change, or remove {model.name!r} from {path} to lock it anew",
             )
     return entry
@@ -99,7 +99,7 @@ def check(path: Path, model: Model, entry: Entry, name: str, got: FileRecord) ->
     expected = entry.files.get(name)
     if expected is not None and expected != got:
         raise KilnError(
-            f"model {model.name!r}: {name} from {model.source} is not what {path} has locked: expected sha256"
+            f"{model.title}: {name} from {model.source} is not what {path} has locked: expected sha256"
             f" {expected.sha256} ({expected.bytes} bytes), got {got.sha256} ({got.bytes} bytes)",
             "the source has changed, or something in between has. Results made with the locked bytes cannot be"
             f" compared with these; if you trust the new ones, remove {model.name!r} from {path} and run again",

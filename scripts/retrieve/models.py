@@ -17,7 +17,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -31,7 +31,16 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class Model(Settings):
-    """One row of the table."""
+    """One row of the table.
+
+    Attributes:
+        noun, place: for messages: what this is, and where its source, revision and files are said.
+        repo_type: as the hub calls it.
+    """
+
+    noun: ClassVar[str] = "model"
+    place: ClassVar[str] = "config/models.csv"
+    repo_type: ClassVar[str] = "model"
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: Literal["hub", "url"]
@@ -67,7 +76,7 @@ class Model(Settings):
 
     @model_validator(mode="after")
     def _fits_kind(self):
-        if self.kind == "hub":
+        if self.kind != "url":
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", self.source):
                 raise ValueError(f"source {self.source!r} is not owner/repo")
         else:
@@ -79,6 +88,16 @@ class Model(Settings):
         if self.sha256 and (len(self.sha256) != len(self.files) or any(map(_has_wildcard, self.files))):
             raise ValueError("sha256 needs one value for each file, and files without * and ?")
         return self
+
+    @property
+    def title(self) -> str:
+        """How messages call it."""
+        return f"{self.noun} {self.name!r}"
+
+    @property
+    def asked_files(self) -> tuple[str, ...]:
+        """What a lock keeps of the wanted files."""
+        return self.files
 
     def identity(self) -> str:
         """What decides the bytes, as canonical JSON; a licence's wording does not."""
@@ -93,17 +112,17 @@ class Model(Settings):
         names = sorted(names)
         chosen = set()
         for wanted in self.files:
-            found = [name for name in names if _matches(name, wanted)]
+            found = [name for name in names if matches(name, wanted)]
             if not found:
                 near = difflib.get_close_matches(wanted, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"it holds: {', '.join(names[:20])}"
-                raise KilnError(f"model {self.name!r}: {self.source} has no file {wanted!r}", hint)
+                raise KilnError(f"{self.title}: {self.source} has no file {wanted!r}", hint)
             chosen.update(found)
         clash = chosen.intersection(_RESERVED)
         if clash:
             raise KilnError(
-                f"model {self.name!r}: {self.source} has a file {min(clash)!r}, a name that Kiln writes itself",
-                "name the wanted files in config/models.csv one by one, without it",
+                f"{self.title}: {self.source} has a file {min(clash)!r}, a name that Kiln writes itself",
+                f"name the wanted files in {self.place} one by one, without it",
             )
         return sorted(chosen)
 
@@ -194,6 +213,7 @@ def _has_wildcard(name: str) -> bool:
     return "*" in name or "?" in name
 
 
-def _matches(name: str, wanted: str) -> bool:
+def matches(name: str, wanted: str) -> bool:
+    """Whether the file `name` is what `wanted` asks for; * and ? match within one folder's name."""
     parts, patterns = name.split("/"), wanted.split("/")
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))

@@ -19,6 +19,7 @@ from scripts.common.errors import KilnError
 
 ATTEMPTS = 5
 LOG_SECONDS = 30
+ELSEWHERE = "set `models` (for data sets `datasets`) to a folder on another disk"
 log = logging.getLogger("kiln")
 
 
@@ -66,7 +67,7 @@ def need_room(folder: Path, size: int) -> None:
     if free < size:
         raise KilnError(
             f"{folder}: {size / 1e9:.2f} GB are to come, but only {free / 1e9:.2f} GB are free",
-            "free space, or set `models` to a folder on another disk; what has been downloaded is kept",
+            f"free space, or {ELSEWHERE}; what has been downloaded is kept",
         )
 
 
@@ -76,10 +77,13 @@ def explain_disk(error: BaseException, folder: Path) -> KilnError | None:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return KilnError(
             f"{folder}: the disk is full",
-            "free space, or set `models` to a folder on another disk; what has been downloaded is kept, so run again",
+            f"free space, or {ELSEWHERE}; what has been downloaded is kept, so run again",
         )
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return KilnError(f"{folder}: cannot be written", "make it writable, or set `models` to a folder that is")
+        return KilnError(
+            f"{folder}: cannot be written",
+            f"make it writable, or {ELSEWHERE}",
+        )
     return None
 
 
