@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,21 +166,47 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_bytes(data, trained,
     assert not (tmp_path / "out.state").exists()
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(data, trained, tmp_path):
-    """Two gloo processes: statistics to the byte; the loss curve but for rounding, which the GAN's stage amplifies."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "scripts.common.launch", "--processes", "2", "--"]
-    done = subprocess.run([*command, "scripts.rae.train_autoencoder", *training(data, "siglip2", out)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def check_curve(out: Path, undisturbed: Path) -> None:
+    """The loss curve of one process, but for rounding, which the GAN's stage amplifies."""
     ours = json.loads((out / "metrics.json").read_text())["history"]
-    one = json.loads((trained["siglip2"] / "metrics.json").read_text())["history"]
+    one = json.loads((undisturbed / "metrics.json").read_text())["history"]
     for mine, other in zip(ours, one, strict=True):
         assert mine.keys() == other.keys()
         for name in ("l1", "lpips", "discriminator"):
             if name in other:
                 assert mine[name] == pytest.approx(other[name], rel=1e-2 if "gan" in other else 2e-3), name
+
+
+@pytest.mark.slow
+def test_two_nodes_follow_the_curve_of_one_process(data, trained, tmp_path):
+    """By hand, as docs/rae.md says: one torchrun on each node, here two on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+             "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port),
+             "-m", "scripts.rae.train_autoencoder", *training(data, "siglip2", out)],
+            cwd=ROOT, stderr=(tmp_path / f"{rank}.log").open("w"), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank, node in enumerate(nodes):
+        assert node.wait(timeout=600) == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
+    check_curve(out, trained["siglip2"])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(data, trained, tmp_path):
+    """Two gloo processes: the loss curve but for rounding, statistics to the byte."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "scripts.common.launch", "--processes", "2", "--"]
+    done = subprocess.run([*command, "scripts.rae.train_autoencoder", *training(data, "siglip2", out)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_curve(out, trained["siglip2"])
     settings = {"image_size": SIDE, "encoder": encoder_settings("siglip2"),
                 "latent_stats": {"batch_size": 16, "images_per_part": 40, "workers": 0}}  # fmt: skip
     both = ["--dataset", str(data / "arrow/dataset"), "--encoder", str(data / "siglip2"),

@@ -46,9 +46,7 @@ def save(folder: Path, model: Autoencoder, facts: checkpoints.Facts, about: Mapp
         published.write_decoder(temporary / names, decoder)
         names = published.statistics_file(facts.encoder, encoder, facts.image_size)
         latent_stats.write_statistics(temporary / names, model.latent_mean, model.latent_var)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        listing = {str(path.relative_to(temporary)): artefacts.describe_files([path])[path.name] for path in files}
-        artefacts.write_json(temporary / "files.json", listing)
+        artefacts.write_listing(temporary)
 
 
 def load(folder: Path | str, encoder: Path | str) -> Autoencoder:
