@@ -247,7 +247,7 @@ def test_settings_that_cannot_hold_are_refused(data, tmp_path, changes):
 
 @pytest.mark.slow
 def test_two_processes_give_the_score_of_one(data, tmp_path):
-    """Of weights that do not move, as two processes round gradients in another way; batches of 3 leave the last short."""
+    """Of weights that do not move, as two processes round gradients in another way; the last batch is short."""
     first = tmp_path / "first"
     train_autoencoder.main(training(data, first, {"every_n_steps": 0}, **SHORT))
     still = SHORT | {"lr": 1e-30, "final_lr": 1e-30, "discriminator_lr": 1e-30, "epochs": 1,

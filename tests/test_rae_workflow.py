@@ -330,7 +330,7 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     watching = "rae.autoencoder.sample_every=0 rae.autoencoder.rfid.every_n_steps=0 rae.autoencoder.rfid.on_train=true"
     assert planned("--config", f"set={watching}") == {}
     assert planned("--config", "set=rae.evaluate.extractor=inception-v3-compat") == scoring
-    os.utime(tmp_path / "inception.pth")
+    (tmp_path / "inception.pth").write_bytes(b"other and newer")
     assert planned() == {}
     rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
     assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1}
