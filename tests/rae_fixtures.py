@@ -43,6 +43,7 @@ TRAIN = {
         "gan_start": 6, "ema_decay": 0.8, "precision": "fp32", "workers": 0, "tracker": "none",
     },
 }  # fmt: skip
+RESULTS = ("autoencoder.safetensors", "metrics.json")  # what a kill must not change
 EVALUATE = {"extractor": "kiln-random", "inception": None, "batch_size": 8, "images_per_part": 10, "workers": 0}
 
 

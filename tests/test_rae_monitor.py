@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_rae_workflow as rae
+import rae_fixtures as rae
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,9 +28,14 @@ from scripts.rae.monitor import Monitor
 from scripts.rae.settings import AutoencoderSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-data = rae.data  # the fixture: 100 training and 20 validation pictures, so 4 steps in an epoch
 SECOND = 1.1  # event files are ordered by the second they began in
 SHORT = {"epochs": 2, "warmup_epochs": 0.5, "tracker": "tensorboard"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """100 training and 20 validation pictures, so 4 steps in an epoch."""
+    return rae.build_data(tmp_path_factory.mktemp("rae"))
 
 
 def training(data: Path, out: Path, rfid: dict, extractor: str = "kiln-random", **changes) -> list[str]:
@@ -247,7 +252,7 @@ def test_settings_that_cannot_hold_are_refused(data, tmp_path, changes):
 
 @pytest.mark.slow
 def test_two_processes_give_the_score_of_one(data, tmp_path):
-    """Of weights that do not move: two processes round gradients in another way. Batches of 3 leave the last short."""
+    """Of weights that do not move, as two processes round gradients in another way; the last batch is short."""
     first = tmp_path / "first"
     train_autoencoder.main(training(data, first, {"every_n_steps": 0}, **SHORT))
     still = SHORT | {"lr": 1e-30, "final_lr": 1e-30, "discriminator_lr": 1e-30, "epochs": 1,

@@ -17,14 +17,25 @@ import pytest
 import torch
 import workflow
 from PIL import Image
-from rae_fixtures import EVALUATE, INPUT, SIDE, TRAIN, build_data, common, encoder_settings, scored, train_all, training
+from rae_fixtures import (
+    EVALUATE,
+    INPUT,
+    RESULTS,
+    SIDE,
+    TRAIN,
+    build_data,
+    common,
+    encoder_settings,
+    scored,
+    train_all,
+    training,
+)
 from safetensors.torch import load_file
 
 from scripts.common.errors import KilnError
 from scripts.rae import checkpoints, fid, latent_stats, train_autoencoder
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ("autoencoder.safetensors", "metrics.json")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +267,7 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     watching = "rae.autoencoder.sample_every=0 rae.autoencoder.rfid.every_n_steps=0 rae.autoencoder.rfid.on_train=true"
     assert planned("--config", f"set={watching}") == {}
     assert planned("--config", "set=rae.evaluate.extractor=inception-v3-compat") == scoring
-    os.utime(tmp_path / "inception.pth")
+    (tmp_path / "inception.pth").write_bytes(b"other and newer")
     assert planned() == {}
     rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
     assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after
