@@ -181,7 +181,7 @@ def test_two_processes_killed_and_carried_on_by_one_give_the_same_bytes(models, 
             assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
-@pytest.mark.slow(minutes=4)
+@pytest.mark.slow(minutes=3)
 def test_inception_s_2048_dimensions_on_64_pictures(models, tmp_path, capsys):
     weights = rae_fixtures.inception_weights(tmp_path / "inception.pth")
     data = rae_fixtures.noisy_pictures(tmp_path / "val", 64)
