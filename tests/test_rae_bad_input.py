@@ -181,7 +181,7 @@ class _Harm:
 def test_other_files_are_no_start(data, undisturbed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"decoder_pred.weight": torch.zeros(2, 2)}, "step": 3}, "ep-last.pt")
-    Path("harm.pt").write_bytes(pickle.dumps(_Harm()))
+    Path("harm.pt").write_bytes(pickle.dumps(_Harm(), protocol=2))
     torch.save({"decoder_pred.weight": torch.zeros(2, 2)}, "half.pt")
     Path("cut.safetensors").write_bytes((undisturbed / "autoencoder.safetensors").read_bytes()[:-9])
     files = set(tmp_path.iterdir())
