@@ -498,6 +498,11 @@ def test_a_bad_card_is_not_written(data, exported, metrics, tmp_path, changed, m
 def test_decoder_and_statistics_are_set_together():
     with pytest.raises(ValueError, match="decoder and stats belong together"):
         PublishedSettings(decoder="model.pt")
+    own = RaeSettings.model_validate(
+        {"published": {"dinov2": {"tau": 0.5}}, "encoders": {"dinov2": {"input_size": 448}}}
+    )
+    assert own.published.dinov2 == RaeSettings().published.dinov2.model_copy(update={"tau": 0.5})
+    assert own.encoders.dinov2 == RaeSettings().encoders.dinov2.model_copy(update={"input_size": 448})
     assert published_encoders(RaeSettings()) == ["dinov2", "siglip2"]
     with pytest.raises(KilnError, match="rae.published.siglip_so400m: no published decoder") as error:
         published_encoders(RaeSettings(use=["dinov2", "siglip_so400m"]))

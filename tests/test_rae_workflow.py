@@ -229,7 +229,7 @@ def test_two_processes_equal_one(data, trained, tmp_path):
     assert (tmp_path / "stat.pt").read_bytes() == (data / "siglip2.pt").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_path):
     encoder = {"model": str(data / "siglip2"), "input_size": INPUT["siglip2"]}
     config = tmp_path / "config.json"

@@ -5,14 +5,12 @@
 Source: https://github.com/bytetriper/RAE (configs/stage1/pretrained, extract_decoder.py).
 """
 
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from scripts.common import artefacts
 from scripts.common.errors import KilnError
 from scripts.rae.decoder import DECODERS, Decoder, Size
 from scripts.rae.encoder import Encoder
@@ -49,11 +47,12 @@ def _encoder(name: str, encoder: Encoder) -> str:
 
 
 def write_decoder(path: Path, decoder: Mapping[str, torch.Tensor]) -> None:
-    """Store a decoder's state dict as a published model.pt, atomically; equal tensors give equal bytes."""
-    buffer = io.BytesIO()  # torch.save names its archive after a file
-    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in decoder.items()}, buffer)
-    with artefacts.atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    """Store a decoder's state dict as a published model.pt; equal tensors give equal bytes under one file name.
+
+    It is written in place, without a second copy of the weights in memory: give a path in an `atomic_folder`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in decoder.items()}, path)
 
 
 def read_decoder(path: Path, encoder: Encoder, image_size: int, heads: int | None = None) -> tuple[Decoder, Size]:

@@ -230,7 +230,22 @@ class EvaluateSettings(Settings):
     workers: int = execution(8, ge=0, description="processes that decode images")
 
 
-class EncodersSettings(Settings):
+class ByEncoder(Settings):
+    """Sections by encoder with defaults of their own, which stay where a user sets some of their keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, values):
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            name: fields[name].default.model_dump() | one if isinstance(one, dict) and name in fields else one
+            for name, one in values.items()
+        }
+
+
+class EncodersSettings(ByEncoder):
     """The encoders that `rae.use` may name."""
 
     dinov2: EncoderSettings = EncoderSettings(model="dinov2-with-registers-base", input_size=224)
@@ -256,7 +271,7 @@ class PublishedSettings(Settings):
         return self
 
 
-class PublishedEncodersSettings(Settings):
+class PublishedEncodersSettings(ByEncoder):
     """What `rae_evaluate_published` evaluates for each encoder that `rae.use` names."""
 
     dinov2: PublishedSettings = PublishedSettings(
