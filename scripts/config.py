@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from scripts.busi.settings import BusiSettings
+from scripts.coca.settings import CocaSettings
 from scripts.common import settings
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
@@ -64,6 +65,7 @@ class Config(Settings):
     vase: VaseSettings = VaseSettings()
     busi: BusiSettings = BusiSettings()
     rae: RaeSettings = RaeSettings()
+    coca: CocaSettings = CocaSettings()
 
 
 def load(given: Mapping[str, Any], user_file: Path) -> Config:

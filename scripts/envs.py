@@ -32,6 +32,7 @@ FAMILIES = {
     "vlm": VLM,
     "swift": [*VLM, "ms-swift", "msgspec", "open-clip-torch", "qwen-vl-utils", "rapidfuzz", "sacrebleu"],
     "rae": [*VISION, "datasets", "lpips", "timm", "torch-fidelity", "transformers"],
+    "coca": [*VISION, "h5py", "rouge-score", "sacrebleu", "tokenizers", "transformers"],
     "deepspeed": VLM,
     "hulumed": [],
     "hulumed_deepspeed": [],

@@ -1,0 +1,170 @@
+"""Settings of pipeline `coca`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from scripts.common.settings import Settings, execution
+
+
+class ListSettings(Settings):
+    """Which slides there are, and what is known of them."""
+
+    tile_dim: int = Field(2560, gt=0, description="features per tile (Virchow: CLS and mean patch, 1280 each)")
+    keys: tuple[str, ...] = Field(
+        ("embeddings", "features", "feats"), min_length=1, description="HDF5 data sets to take, the first that is there"
+    )
+    max_tiles: int = Field(1_000_000, gt=0, description="a slide with more is quarantined")
+    patients: str | None = Field(
+        None, description="CSV with columns slide,patient; null: each slide is its own patient"
+    )
+    processes: int = execution(8, ge=1, description="processes that read slides")
+
+
+class SplitSettings(Settings):
+    """Sides by patient."""
+
+    validation: float = Field(0.1, gt=0, lt=1, description="share of patients; chooses the best epoch")
+    test: float = Field(0.1, gt=0, lt=1, description="share of patients; scores only")
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def _leaves_train(self):
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave nothing to train on")
+        return self
+
+
+class TokenizerSettings(Settings):
+    """Byte-level BPE on the training texts, or a tokenizer that exists."""
+
+    path: str | None = Field(None, description="folder of a Hugging Face tokenizer, used as it is")
+    vocabulary: int = Field(8000, ge=260, description="greatest count of tokens, with 256 bytes and three marks")
+
+
+class EncoderSettings(Settings):
+    """The slide encoder: a Perceiver in Prism's layout, from tiles to 1 + `latents` vectors."""
+
+    weights: str | None = Field(
+        None, description="Prism's published weights or another slide encoder's (.safetensors, .bin), your own copy"
+    )
+    frozen: bool | None = Field(None, description="null: frozen exactly if `weights` are given")
+    latents: int = Field(512, gt=0, description="beside the first, which stands for the slide")
+    dim: int = Field(1280, gt=0, description="width of latents; the image dim of the CoCa model")
+    depth: int = Field(8, gt=0, description="cross-attentions; from the second on they share weights and keys")
+    transformer_depth: int = Field(6, gt=0, description="self-attention blocks after each, one stack for all")
+    heads: int = Field(8, gt=0, description="of self-attention; cross-attention has one")
+    mlp_ratio: int = Field(1, gt=0)
+    chunk_tiles: int = execution(
+        16_384, gt=0, description="tiles whose keys are made at a time, when nothing is trained"
+    )
+
+    @property
+    def is_frozen(self) -> bool:
+        """As set, or exactly if weights are given."""
+        return self.weights is not None if self.frozen is None else self.frozen
+
+    @model_validator(mode="after")
+    def _not_frozen_and_random(self):
+        if self.is_frozen and self.weights is None:
+            raise ValueError("a frozen slide encoder with random weights tells nothing of a slide: give weights")
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} must be a multiple of heads {self.heads}")
+        return self
+
+
+class ModelSettings(Settings):
+    """CoCa (Yu et al. 2022), in the layout of CoCa-pytorch."""
+
+    dim: int = Field(1024, gt=0)
+    unimodal_depth: int = Field(6, gt=0)
+    multimodal_depth: int = Field(6, gt=0)
+    dim_latents: int = Field(5120, gt=0, description="of the contrastive space")
+    image_queries: int = Field(256, gt=0, description="of the attention pooler, beside the contrastive one")
+    dim_head: int = Field(64, gt=0, multiple_of=2)
+    heads: int = Field(8, gt=0)
+    ff_mult: int = Field(4, gt=0)
+
+
+class TrainSettings(Settings):
+    """Caption and contrastive losses."""
+
+    epochs: int = Field(10, gt=0)
+    batch_size: int = Field(4, gt=1, description="pairs per optimiser step over all processes: the contrastive batch")
+    max_tiles: int = Field(200_000, gt=0, description="padded tiles of a forward pass; more passes make up a batch")
+    max_tokens: int = Field(16_384, gt=0, description="padded tokens of a forward pass")
+    tiles_per_slide: int | None = Field(
+        None, gt=0, description="a seeded draw of so many where the encoder is trained; null: all"
+    )
+    max_seq_len: int = Field(512, gt=2, description="tokens of a text with its two marks; longer ones are cut, counted")
+    lr: float = Field(1e-4, gt=0)
+    final_lr: float = Field(0.0, ge=0, description="of the cosine's last step")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of steps with a growing learning rate")
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.01, ge=0, description="on matrices; not on norms, biases, embeddings, temperature")
+    clip_grad: float = Field(1.0, ge=0, description="greatest norm of the gradient; 0 is off")
+    caption_weight: float = Field(1.0, ge=0)
+    contrastive_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, description="initial logit scale as a logarithm, as published; CLIP's is 2.6593")
+    same_text_negatives: bool = Field(
+        False, description="count pairs of equal texts as negatives, as the original does"
+    )
+    init_from: str | None = Field(None, description="a model.safetensors to start from")
+    best_by: Literal["retrieval", "loss"] = Field(
+        "retrieval", description="validation score that chooses the best epoch"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
+    compile: bool = Field(False, description="torch.compile of the model")
+    deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
+    seed: int = Field(42, ge=0)
+    save_every: int = Field(5, ge=0, description="epochs between kept checkpoints, beside best and last; 0: none")
+    workers: int = execution(4, ge=0, description="processes that read slides")
+    save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
+    budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+
+
+class EncodeSettings(Settings):
+    """Latents of every slide, once."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored latents")
+    slides_per_shard: int = Field(256, gt=0)
+    workers: int = execution(4, ge=0, description="processes that read slides")
+
+
+class CaptionSettings(Settings):
+    """Greedy captions."""
+
+    max_length: int = Field(100, gt=0, description="new tokens")
+    batch_size: int = Field(32, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class EvaluateSettings(Settings):
+    """Scores of captions and retrieval on the test side."""
+
+    ks: tuple[int, ...] = Field((1, 5, 10), min_length=1, description="of recall at k")
+    classes: dict[str, list[str]] = Field(
+        {}, description="{class: terms}: a text is of the class whose term it holds; their texts also prompt zero-shot"
+    )
+    prompts: dict[str, list[str]] = Field({}, description="{class: prompts} of zero-shot; empty: the terms themselves")
+
+
+class CocaSettings(Settings):
+    """Pipeline `coca`: slide embeddings and report texts to a CoCa model, its captions and retrieval scores."""
+
+    slides: str = Field("data/slides", description="folder of tile embeddings, one .h5 per slide, at any depth")
+    labels: str = Field("data/slides/labels.json", description="{slide: text}, UTF-8")
+    list: ListSettings = ListSettings()
+    split: SplitSettings = SplitSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    encode: EncodeSettings = EncodeSettings()
+    caption: CaptionSettings = CaptionSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    resources: Literal["gpu_single", "gpu_node"] = execution(
+        "gpu_single", description="class of the rules with a model"
+    )
