@@ -109,10 +109,12 @@ def curves(
     ylabel: str,
     title: str,
     floors: Mapping[str, float] | None = None,
+    logarithmic: bool = False,
 ) -> None:
     """Lines {label: (x, y)}, and dashed horizontal `floors` {label: y} to compare them with.
 
-    x and y are (n,) each; a y that is not finite leaves a gap.
+    x and y are (n,) each; a y that is not finite leaves a gap. `logarithmic` is the axis of y, for lines that differ by
+    orders of magnitude.
 
     Raises:
         KilnError: no series, an empty one, or x and y of different length.
@@ -128,7 +130,7 @@ def curves(
             axes.plot(x, y, label=label, marker="o" if len(x) <= 20 else None, markersize=4)
         for (label, y), dash in zip((floors or {}).items(), itertools.cycle([(5, 3), (2, 2), (8, 2, 2, 2)])):
             axes.axhline(y, color=GREY, linewidth=1.4, dashes=dash, label=label)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logarithmic else "linear")
         if all(float(value).is_integer() for x, _ in series.values() for value in np.asarray(x).ravel()[:1000]):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, len(series) + len(floors or {}))

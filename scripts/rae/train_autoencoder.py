@@ -189,13 +189,13 @@ def write(args, values: TrainAutoencoderSettings, fit: Fit, mean: torch.Tensor, 
     folder, history = args.output_folder, fit.at.history
     epochs = list(range(1, len(history) + 1))
     lines = {}
-    for name in ("l1", "lpips", "discriminator"):
+    for name, label in (("l1", "L1"), ("lpips", "LPIPS"), ("discriminator", "discriminator (hinge)")):
         known = [(epoch, row[name]) for epoch, row in zip(epochs, history, strict=True) if name in row]
         if known:
-            lines[name] = tuple(zip(*known, strict=True))
+            lines[label] = tuple(zip(*known, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     picture, metrics, weights = (folder / name for name in ("loss.png", "metrics.json", "autoencoder.safetensors"))
-    plots.curves(picture, lines, "epoch", "loss", f"Autoencoder on {args.name}: losses")
+    plots.curves(picture, lines, "epoch", "loss", f"Autoencoder on {args.name}: losses", logarithmic=True)
     artefacts.write_json(metrics, {"steps": fit.at.step, "history": history})
     facts = checkpoints.Facts(
         args.name, checkpoints.identity(args.encoder), values.encoder.input_size, values.image_size,
