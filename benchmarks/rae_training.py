@@ -51,10 +51,10 @@ def prepare(root: Path, shapes: dict) -> None:
         rae_data.write_dino(root / "dino.pth")
 
 
-def make_fit(root: Path, shapes: dict, args: argparse.Namespace, data=(), workers: int = 0, **changes) -> Fit:
-    """A training at `shapes`; `changes` of its settings."""
-    values = AutoencoderSettings(batch_size=args.batch_size, precision=args.precision, tracker="none", **changes)
-    accelerator = devices.make_accelerator(args.device, args.precision, args.threads)
+def make_fit(root: Path, shapes: dict, data, device: str, threads: int, workers: int = 0, **settings) -> Fit:
+    """A training at `shapes` on what `prepare` wrote."""
+    values = AutoencoderSettings(tracker="none", **settings)
+    accelerator = devices.make_accelerator(device, values.precision, threads, values.deterministic)
     encoder = Encoder(root / "encoder", shapes["input"])
     stats = torch.zeros(encoder.dim, encoder.grid, encoder.grid)
     published = shapes["backbone"] is None
@@ -70,7 +70,10 @@ class Steps:
     """Training steps on pictures in memory."""
 
     def __init__(self, root: Path, shapes: dict, args: argparse.Namespace, compiled: bool):
-        self.fit = make_fit(root, shapes, args, data=range(1000 * args.batch_size), compile=compiled)
+        self.fit = make_fit(
+            root, shapes, range(1000 * args.batch_size), args.device, args.threads, batch_size=args.batch_size,
+            precision=args.precision, compile=compiled,
+        )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         self.images = torch.rand(args.batch_size, 3, shapes["side"], shapes["side"], generator=generator)
         if self.fit.accelerator.device.type == "cuda":
@@ -169,7 +172,10 @@ def phases(args: argparse.Namespace, root: Path, dataset: Path) -> dict:
     for workers in sorted({0, args.workers}):
         runs: dict[str, list[dict]] = {stage: [] for stage in STAGES}
         for _ in range(args.runs):
-            fit = make_fit(root, DEMO, args, data, workers, epochs=3, discriminator_start=1, gan_start=2)
+            fit = make_fit(
+                root, DEMO, data, args.device, args.threads, workers, batch_size=args.batch_size,
+                precision=args.precision, epochs=3, discriminator_start=1, gan_start=2,
+            )  # fmt: skip
             stages = iter(STAGES)
             with clocks(fit) as spent:
                 mark = [time.perf_counter(), dict(spent)]
