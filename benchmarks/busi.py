@@ -21,8 +21,7 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,8 @@ import torch
 from PIL import Image
 
 from benchmarks import busi_duplicates
-from benchmarks.vase_images import processor as cpu_name
+from benchmarks.measure import processor as cpu_name
+from benchmarks.measure import seconds_of
 from scripts.busi import fine_tuning, lora, scoring, train_lora
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.settings import PROMPT, TrainLoraSettings
@@ -53,17 +53,6 @@ def draw_images(folder: Path, count: int, side: int) -> pd.DataFrame:
     labels = [number % 3 for number in range(count)]
     answers = [CLASSES[label] for label in labels]
     return pd.DataFrame({"image": names, "label": labels, "prompt": PROMPT, "answer": answers})
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, with the GPU's queue empty at both ends."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def compare_scoring(args: argparse.Namespace, folder: Path, rows: pd.DataFrame) -> dict:

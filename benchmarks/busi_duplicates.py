@@ -22,7 +22,7 @@ import numpy as np
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
-from benchmarks.vase_images import processor
+from benchmarks.measure import processor
 from scripts.busi import duplicates
 from scripts.common.artefacts import write_json
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -37,6 +36,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.measure import processor
 from scripts.common import devices, image_batches
 from scripts.common.artefacts import write_json
 from scripts.demo.vases import SIDES as SIDES_OF_VASES
@@ -333,13 +333,6 @@ def _differences(one: dict, other: dict) -> dict[str, float]:
         "probability": float(np.abs(one["high"][:count] - other["high"][:count]).max()),
         "score": max((abs(a[row] - b[row]) for row in a.keys() & b.keys()), default=0.0),
     }
-
-
-def processor() -> str:
-    """The CPU's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def header(args: argparse.Namespace, kilobytes: float) -> dict:

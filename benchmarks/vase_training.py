@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.busi import seconds_of
-from benchmarks.vase_images import processor as cpu_name
+from benchmarks.measure import processor as cpu_name
+from benchmarks.measure import seconds_of
 from scripts.common import devices, tiny_vlm
 from scripts.common.artefacts import write_json
 from scripts.common.trackers import tracker

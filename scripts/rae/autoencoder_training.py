@@ -127,8 +127,11 @@ class Fit:
         self.autoencoder = accelerator.unwrap_model(self.model)
         self.bare_discriminator = accelerator.unwrap_model(self.discriminator)
         if values.compile:
-            self.autoencoder.decoder.compile()
             self.autoencoder.encoder.compile()
+            # not the whole decoder: the adaptive weight's gradients end in its last layer, a compiled whole would run
+            # through to the first, and cannot be run through twice
+            for block in self.autoencoder.decoder.decoder_layers:
+                block.compile()
         self.schedule = losses.Schedule(values.lpips_start, values.discriminator_start, values.gan_start)
         self.at = Progress()
 

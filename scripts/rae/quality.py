@@ -9,6 +9,7 @@ COLUMNS = ("psnr", "ssim", "lpips")
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 LEAST_MSE = 1e-10
+ROWS = 32
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -51,13 +52,18 @@ def ssim(reference: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     _check(reference, pictures)
     if min(reference.shape[2:]) < WINDOW:
         raise KilnError(f"pictures of shape {list(reference.shape)}: SSIM needs {WINDOW} pixels a side", "use larger")
-    x, y = reference.double(), pictures.double()
+    # one by one: float64 maps of a whole batch do not fit a processor's cache, which costs more than the sums
+    return torch.stack([_ssim(x.double(), y.double()) for x, y in zip(reference, pictures, strict=True)])
+
+
+def _ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of one picture, [C,H,W] float64 twice: a scalar."""
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
     var_x, var_y, covariance = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
-    return (luminance * structure).mean(dim=(1, 2, 3))
+    return (luminance * structure).mean()
 
 
 def _blur(maps: torch.Tensor) -> torch.Tensor:
@@ -65,8 +71,16 @@ def _blur(maps: torch.Tensor) -> torch.Tensor:
 
     Matrix products, as float64 convolutions of one channel are ten times slower on a CPU.
     """
-    rows, columns = (_band(side, maps) for side in maps.shape[-2:])
-    return rows @ maps @ columns.mT
+    return _along_rows(_along_rows(maps).mT).mT
+
+
+def _along_rows(maps: torch.Tensor) -> torch.Tensor:
+    """[...,H,W] -> [...,H-10,W], some rows at a time: elsewhere the banded matrix is empty."""
+    made = []
+    for start in range(0, maps.shape[-2] - WINDOW + 1, ROWS):
+        piece = maps[..., start : start + ROWS + WINDOW - 1, :]
+        made.append(_band(piece.shape[-2], maps) @ piece)
+    return torch.cat(made, dim=-2)
 
 
 def _band(side: int, like: torch.Tensor) -> torch.Tensor:

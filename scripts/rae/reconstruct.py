@@ -34,16 +34,15 @@ class ReconstructSettings(Settings):
 def reconstruct(
     images: torch.Tensor, autoencoder: torch.nn.Module, lpips: Callable, accelerator
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(reconstructions uint8 [B,3,S,S], {column: [B] float64}) of uint8 images [B,3,S,S], all on the CPU but LPIPS."""
-    device = accelerator.device
+    """(reconstructions uint8 [B,3,S,S] on the device, {column: [B] float64 on the CPU}) of uint8 images [B,3,S,S]."""
+    images = images.to(accelerator.device)
     with torch.inference_mode():
         with accelerator.autocast():
-            made = autoencoder(images.to(device).float() / 255)
+            made = autoencoder(images.float() / 255)
         made = quality.to_uint8(made.float())
-        a, b = (x.to(device).float() / 127.5 - 1 for x in (made, images))
-        distance = lpips(a, b).double().cpu()
-    made = made.cpu()
-    return made, {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made), "lpips": distance}
+        scores = {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made)}
+        scores["lpips"] = lpips(made.float() / 127.5 - 1, images.float() / 127.5 - 1).double()
+    return made, {name: values.cpu() for name, values in scores.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,7 +134,7 @@ def draw(path: Path, split: evaluation.Split, own: EvaluateSettings, autoencoder
     images = torch.stack([split.pictures[int(row)][0] for row in shown])
     made, _ = reconstruct(images, autoencoder, lpips, accelerator)
     title = f"Reconstructions of {len(split.pictures)} {split.name} pictures: {len(shown)} of them"
-    pictures.draw_pairs(path, images, made, [split.names[row] for row in shown], title)
+    pictures.draw_pairs(path, images, made.cpu(), [split.names[row] for row in shown], title)
 
 
 if __name__ == "__main__":

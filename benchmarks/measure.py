@@ -1,0 +1,88 @@
+"""What the benchmarks share: clocks, programs in processes of their own, ratios, and the machine's name."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+class Done(NamedTuple):
+    """A program's last line of output, read as JSON, its wall time with start and imports, and its peak RSS in MB."""
+
+    found: Any
+    seconds: float
+    peak_mb: float
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, with the GPU's queue empty at both ends."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def program(code: str, environment: Mapping[str, str] | None = None) -> Done:
+    """Run Python code in a process of its own; a failure ends the benchmark. Peak RSS is that of its largest process.
+
+    What was written before is on the disk when it starts, so that no program pays for another's files.
+    """
+    os.sync()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=out, stderr=said, cwd=ROOT, env={**os.environ, **(environment or {})}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = []
+        for stream in (out, said):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+    if process.returncode:
+        sys.exit(f"a program failed with status {process.returncode}:\n{code}\n{texts[1][-3000:]}")
+    return Done(json.loads(texts[0].strip().splitlines()[-1]), seconds, usage.ru_maxrss / 1024)
+
+
+def interleave(ways: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """Seconds that each way reports, `runs` times in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(runs):
+        for name, way in ways.items():
+            seconds[name].append(way())
+        shown = ", ".join(f"{name} {values[-1]:.3g} s" for name, values in seconds.items())
+        print(f"run {run + 1} of {runs}: {shown}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Ratio of the medians, and the smallest and largest of paired runs."""
+    paired = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return {
+        "ratio": statistics.median(theirs) / statistics.median(ours),
+        "ratio_min": min(paired),
+        "ratio_max": max(paired),
+    }
