@@ -1,0 +1,364 @@
+"""
+Pipeline coca: tile embeddings of slides and report texts to a CoCa model, its captions and retrieval scores.
+
+REQUIRED INPUTS (config section `coca`):
+    slides      folder of tile embeddings, one .h5 per slide
+    labels      {slide: text}, JSON in UTF-8; `list.patients` a CSV of slide,patient
+    encoder     optional: weights of a slide encoder, your own copy; without them one is trained with the model
+
+OUTPUTS (below {results}/coca/):
+    list_slides/       manifest.parquet, quarantine.tsv, summary.json
+    split/             splits.csv, summary.json: by patient
+    train_tokenizer/   tokenizer/: byte-level BPE on training texts
+    encode_slides/     latents/: of every slide, memory-mapped; before training by a frozen encoder, else after it
+    train/             model.safetensors (best by validation), last.safetensors, metrics.json, loss.png, retrieval.png
+    caption/           captions.parquet
+    evaluate/          metrics.json, scores.png
+    describe_model/    README.md (the card), model/
+
+STEPS: list, split, train the tokenizer, train (encode before or after it), caption, evaluate, describe.
+"""
+
+COCA = f"{RESULTS}/coca"
+COCA_FROZEN = CONFIG.coca.encoder.is_frozen
+COCA_WEIGHTS = CONFIG.coca.encoder.weights
+COCA_SLIDES = CONFIG.coca.slides
+COCA_LATENTS = f"{COCA}/encode_slides/latents"
+COCA_MODEL = f"{COCA}/train/model.safetensors"
+COCA_TRAIN_CODE = ("scripts.common.devices", "scripts.coca.training")
+COCA_DEMO = "--demo" if COCA_SLIDES.startswith(f"{DEMO}/") else ""
+
+
+rule coca_list_slides:
+    input:
+        slides=drawn(COCA_SLIDES),
+        labels=optional_table(CONFIG.coca.labels),
+        patients=optional_table(CONFIG.coca.list.patients),
+    output:
+        manifest=f"{COCA}/list_slides/manifest.parquet",
+        quarantine=f"{COCA}/list_slides/quarantine.tsv",
+        summary=f"{COCA}/list_slides/summary.json",
+        meta=f"{COCA}/list_slides/meta.json",
+    log:
+        f"{LOGS}/coca/list_slides.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/list_slides.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        slides=outside(COCA_SLIDES),
+        labels=outside(CONFIG.coca.labels),
+        execution=outside(execution("coca.list")),
+        settings=numerics("coca.list"),
+        code=code_key("scripts.coca.list_slides"),
+        files=folder_digest(COCA_SLIDES, (".h5",)),
+        folder=subpath(output.manifest, parent=True),
+    message:
+        "List the slides"
+    shell:
+        "{params.step} scripts.coca.list_slides"
+        " --slides {params.slides:q}"
+        " --labels {params.labels:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_split:
+    input:
+        manifest=rules.coca_list_slides.output.manifest,
+    output:
+        splits=f"{COCA}/split/splits.csv",
+        summary=f"{COCA}/split/summary.json",
+        meta=f"{COCA}/split/meta.json",
+    log:
+        f"{LOGS}/coca/split.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/split.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        settings=numerics("coca.split"),
+        code=code_key("scripts.coca.split"),
+        folder=subpath(output.splits, parent=True),
+    message:
+        "Split the slides by patient"
+    shell:
+        "{params.step} scripts.coca.split"
+        " --manifest {input.manifest:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_train_tokenizer:
+    input:
+        manifest=rules.coca_list_slides.output.manifest,
+        splits=rules.coca_split.output.splits,
+    output:
+        listing=f"{COCA}/train_tokenizer/tokenizer/files.json",
+        meta=f"{COCA}/train_tokenizer/meta.json",
+    log:
+        f"{LOGS}/coca/train_tokenizer.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/train_tokenizer.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        settings=numerics("coca.tokenizer"),
+        code=code_key("scripts.coca.train_tokenizer"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Train the tokenizer"
+    shell:
+        "{params.step} scripts.coca.train_tokenizer"
+        " --manifest {input.manifest:q}"
+        " --splits {input.splits:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_encode_slides:
+    input:
+        manifest=rules.coca_list_slides.output.manifest,
+        encoder=[COCA_WEIGHTS] if COCA_FROZEN else [COCA_MODEL],
+    output:
+        index=f"{COCA_LATENTS}/index.parquet",
+        meta=f"{COCA}/encode_slides/meta.json",
+    log:
+        f"{LOGS}/coca/encode_slides.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/encode_slides.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads(CONFIG.coca.resources)
+    resources:
+        **class_resources(CONFIG.coca.resources),
+    params:
+        step=outside(STEP),
+        slides=outside(COCA_SLIDES),
+        encoder=outside(
+            f"--encoder-weights {shlex.quote(COCA_WEIGHTS)}" if COCA_FROZEN else f"--checkpoint {shlex.quote(COCA_MODEL)}"
+        ),
+        execution=outside(execution(encoder="coca.encoder", encode="coca.encode")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.coca.resources)),
+        state=outside(f"{STATE}/coca/encode_slides"),
+        settings=numerics(tile_dim="coca.list.tile_dim", encoder="coca.encoder", encode="coca.encode"),
+        code=code_key("scripts.coca.encode_slides"),
+        folder=subpath(output.index, parent=True),
+    message:
+        "Encode the slides"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.encode_slides"
+        " --manifest {input.manifest:q}"
+        " --slides {params.slides:q}"
+        " {params.encoder}"
+        " --state-folder {params.state:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_train:
+    input:
+        manifest=rules.coca_list_slides.output.manifest,
+        splits=rules.coca_split.output.splits,
+        tokenizer=rules.coca_train_tokenizer.output.listing,
+        latents=[f"{COCA_LATENTS}/index.parquet"] if COCA_FROZEN else [],
+        weights=[COCA_WEIGHTS] if COCA_WEIGHTS and not COCA_FROZEN else [],
+        init=[CONFIG.coca.train.init_from] if CONFIG.coca.train.init_from else [],
+    output:
+        weights=COCA_MODEL,
+        last=f"{COCA}/train/last.safetensors",
+        metrics=f"{COCA}/train/metrics.json",
+        loss=report(
+            f"{COCA}/train/loss.png",
+            caption="captions/coca_loss.rst",
+            category="coca",
+            labels={"step": "train", "picture": "loss"},
+        ),
+        retrieval=report(
+            f"{COCA}/train/retrieval.png",
+            caption="captions/coca_retrieval.rst",
+            category="coca",
+            labels={"step": "train", "picture": "retrieval"},
+        ),
+        meta=f"{COCA}/train/meta.json",
+    log:
+        f"{LOGS}/coca/train.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/train.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads(CONFIG.coca.resources)
+    resources:
+        **class_resources(CONFIG.coca.resources),
+    params:
+        step=outside(STEP),
+        images=outside(
+            f"--latents {shlex.quote(COCA_LATENTS)}" if COCA_FROZEN else f"--slides {shlex.quote(COCA_SLIDES)}"
+        ),
+        execution=outside(execution(encoder="coca.encoder", train="coca.train")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.coca.resources)),
+        state=outside(f"{STATE}/coca/train"),
+        tracker=outside(f"{LOGS}/coca/train"),
+        tokenizer=subpath(input.tokenizer, parent=True),
+        settings=numerics(
+            tile_dim="coca.list.tile_dim", encoder="coca.encoder", model="coca.model", train="coca.train"
+        ),
+        code=code_key(*COCA_TRAIN_CODE),
+        folder=subpath(output.weights, parent=True),
+    message:
+        "Train the CoCa model"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.train"
+        " --manifest {input.manifest:q}"
+        " --splits {input.splits:q}"
+        " --tokenizer {params.tokenizer:q}"
+        " {params.images}"
+        " --state-folder {params.state:q}"
+        " --tracker-folder {params.tracker:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_caption:
+    input:
+        manifest=rules.coca_list_slides.output.manifest,
+        splits=rules.coca_split.output.splits,
+        tokenizer=rules.coca_train_tokenizer.output.listing,
+        latents=rules.coca_encode_slides.output.index,
+        checkpoint=rules.coca_train.output.weights,
+    output:
+        captions=f"{COCA}/caption/captions.parquet",
+        meta=f"{COCA}/caption/meta.json",
+    log:
+        f"{LOGS}/coca/caption.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/caption.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads(CONFIG.coca.resources)
+    resources:
+        **class_resources(CONFIG.coca.resources),
+    params:
+        step=outside(STEP),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.coca.resources)),
+        tokenizer=subpath(input.tokenizer, parent=True),
+        latents=subpath(input.latents, parent=True),
+        settings=numerics("coca.caption"),
+        code=code_key("scripts.coca.caption"),
+    message:
+        "Caption the slides"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.caption"
+        " --manifest {input.manifest:q}"
+        " --splits {input.splits:q}"
+        " --tokenizer {params.tokenizer:q}"
+        " --latents {params.latents:q}"
+        " --checkpoint {input.checkpoint:q}"
+        " --output {output.captions:q}"
+        " --settings {params.settings:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_evaluate:
+    input:
+        captions=rules.coca_caption.output.captions,
+        manifest=rules.coca_list_slides.output.manifest,
+        splits=rules.coca_split.output.splits,
+        tokenizer=rules.coca_train_tokenizer.output.listing,
+        latents=rules.coca_encode_slides.output.index,
+        checkpoint=rules.coca_train.output.weights,
+    output:
+        metrics=f"{COCA}/evaluate/metrics.json",
+        scores=report(
+            f"{COCA}/evaluate/scores.png",
+            caption="captions/coca_scores.rst",
+            category="coca",
+            labels={"step": "evaluate", "picture": "scores"},
+        ),
+        meta=f"{COCA}/evaluate/meta.json",
+    log:
+        f"{LOGS}/coca/evaluate.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/evaluate.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads(CONFIG.coca.resources)
+    resources:
+        **class_resources(CONFIG.coca.resources),
+    params:
+        step=outside(STEP),
+        slides=outside(COCA_SLIDES),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.coca.resources)),
+        tokenizer=subpath(input.tokenizer, parent=True),
+        latents=subpath(input.latents, parent=True),
+        settings=numerics("coca.evaluate"),
+        code=code_key("scripts.coca.evaluate"),
+        folder=subpath(output.metrics, parent=True),
+    message:
+        "Score captions and retrieval"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.evaluate"
+        " --captions {input.captions:q}"
+        " --manifest {input.manifest:q}"
+        " --splits {input.splits:q}"
+        " --tokenizer {params.tokenizer:q}"
+        " --slides {params.slides:q}"
+        " --latents {params.latents:q}"
+        " --checkpoint {input.checkpoint:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca:
+    input:
+        rules.coca_evaluate.output.metrics,
