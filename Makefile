@@ -33,7 +33,7 @@ demo: install ## every rule on embedded data; ends with the headline numbers
 	@echo "report: results/demo/report.html"
 
 test: install ## all tests that this machine can run
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What the benchmarks share: clocks, programs in processes of their own, ratios, and the machine's name."""
 
+import contextlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +21,11 @@ CPU = torch.device("cpu")
 
 
 class Done(NamedTuple):
-    """A program's last line of output, read as JSON, its wall time with start and imports, and its peak RSS in MB."""
+    """A program's last line of output, read as JSON, its wall time with start and imports, and its peak memory.
+
+    `peak_mb` is what all its processes hold together, anonymous or shared among them, seen four times a second; pages
+    of files, which the kernel drops as it needs, do not count.
+    """
 
     found: Any
     seconds: float
@@ -45,7 +51,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def program(code: str, environment: Mapping[str, str] | None = None) -> Done:
-    """Run Python code in a process of its own; a failure ends the benchmark. Peak RSS is that of its largest process.
+    """Run Python code in a process of its own; a failure ends the benchmark.
 
     What was written before is on the disk when it starts, so that no program pays for another's files.
     """
@@ -55,16 +61,30 @@ def program(code: str, environment: Mapping[str, str] | None = None) -> Done:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=out, stderr=said, cwd=ROOT, env={**os.environ, **(environment or {})}
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, _held_mb(process.pid))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.25)
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
         texts = []
         for stream in (out, said):
             stream.seek(0)
             texts.append(stream.read().decode(errors="replace"))
     if process.returncode:
         sys.exit(f"a program failed with status {process.returncode}:\n{code}\n{texts[1][-3000:]}")
-    return Done(json.loads(texts[0].strip().splitlines()[-1]), seconds, usage.ru_maxrss / 1024)
+    return Done(json.loads(texts[0].strip().splitlines()[-1]), seconds, peak)
+
+
+def _held_mb(pid: int) -> float:
+    kilobytes = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(OSError):  # it has just ended
+                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+                kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return kilobytes / 1024
 
 
 def interleave(ways: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:

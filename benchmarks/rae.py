@@ -29,7 +29,7 @@ from scripts.rae import build_arrow, extractors
 
 PARTS = ("arrow", "evaluation", "training", "loading")
 SMALLEST = {
-    "images": 40, "evaluated": 12, "runs": 1, "batch_size": 4, "processes": 2, "workers": 1, "image_size": 64,
+    "images": 40, "evaluated": 16, "runs": 1, "batch_size": 4, "processes": 2, "workers": 1, "image_size": 64,
     "extractor": extractors.RANDOM,
 }  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "datasets", "torch-fidelity", "pillow")

@@ -107,5 +107,5 @@ def compare(args: argparse.Namespace, root: Path, images: Path, size: int) -> di
         "over_plain_copy": median["headers"] / median["copy"],
         "full_over_headers": median["full"] / median["headers"],
         "with_start_and_imports": {n: statistics.median(one.seconds for one in runs) for n, runs in whole.items()},
-        "peak_mb_of_largest_process": {n: max(one.peak_mb for one in runs) for n, runs in whole.items()},
+        "peak_mb": {n: max(one.peak_mb for one in runs) for n, runs in whole.items()},
     }

@@ -14,7 +14,6 @@ that reading, writing and features weigh as they do beside a fast GPU.
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import sys
@@ -80,12 +79,11 @@ def reference(place: dict, count: int) -> dict:
 
 
 def ours(place: dict, count: int) -> dict:
-    """Rule `rae_reconstruct`; seconds, and peak RSS of this process and of its largest worker."""
+    """Rule `rae_reconstruct`; seconds."""
     root = place["root"]
     options = _options(place, count, f"{root}/ours", perceptual={"weights": None, "backbone": LPIPS})
     options += ["--checkpoint", f"{root}/autoencoder.safetensors", "--encoder", f"{root}/encoder"]
-    seconds = measure.seconds_of(lambda: reconstruct.main(options), torch.device(place["device"]))
-    return {"seconds": seconds, **_peaks()}
+    return {"seconds": measure.seconds_of(lambda: reconstruct.main(options), torch.device(place["device"]))}
 
 
 def alternative(place: dict, count: int) -> dict:
@@ -105,9 +103,10 @@ def alternative(place: dict, count: int) -> dict:
         return call
 
     start = clock()
-    accelerator = devices.make_accelerator(place["device"], "fp32", place["threads"])
+    device = torch.device(place["device"])
+    torch.set_num_threads(place["threads"])
     model, facts = checkpoints.load(root / "autoencoder.safetensors", root / "encoder")
-    model.to(accelerator.device)
+    model.to(device)
     split = evaluation.open_validation(root / "dataset", facts.image_size, count)
 
     def write(folder: Path, images: torch.Tensor, first: int) -> None:
@@ -117,7 +116,7 @@ def alternative(place: dict, count: int) -> dict:
     write_given, number = timed("reference", write), 0
     for images in pictures.batches(split.pictures, range(count), place["batch_size"], place["workers"]):
         with torch.inference_mode():
-            made = quality.to_uint8(model(images.to(accelerator.device).float() / 255)).cpu()
+            made = quality.to_uint8(model(images.to(device).float() / 255)).cpu()
         write(folders["made"], made, number)
         write_given(folders["given"], images, number)
         number += len(images)
@@ -131,7 +130,7 @@ def alternative(place: dict, count: int) -> dict:
     ):
         found = torch_fidelity.calculate_metrics(
             input1=str(folders["made"]), input2=str(folders["given"]), fid=True, cache=False, verbose=False,
-            cuda=accelerator.device.type == "cuda", batch_size=place["batch_size"],
+            cuda=device.type == "cuda", batch_size=place["batch_size"],
             feature_extractor=place["extractor"], feature_layer_fid=LAYER[place["extractor"]],
             feature_extractor_weights_path=weights,
         )  # fmt: skip
@@ -140,13 +139,8 @@ def alternative(place: dict, count: int) -> dict:
     shutil.rmtree(root / "pngs")
     return {
         "rfid": found[metric_fid.KEY_METRIC_FID], "seconds": seconds, "distance_seconds": marks["distance"],
-        "without_reference_seconds": seconds - marks["reference"], "png_kilobytes": sizes, **_peaks(),
+        "without_reference_seconds": seconds - marks["reference"], "png_kilobytes": sizes,
     }  # fmt: skip
-
-
-def _peaks() -> dict[str, float]:
-    who = {"peak_mb": resource.RUSAGE_SELF, "largest_worker_peak_mb": resource.RUSAGE_CHILDREN}
-    return {name: resource.getrusage(one).ru_maxrss / 1024 for name, one in who.items()}
 
 
 def profile(place: dict, count: int) -> dict[str, float]:
@@ -194,12 +188,14 @@ def compare(args: argparse.Namespace, root: Path) -> dict:
     place = {name: getattr(args, name) for name in ("extractor", "workers", "batch_size", "device", "threads")}
     place |= {"root": str(root), "image_size": args.image_size}
     made: dict[str, list[dict]] = {"alternative": [], "ours": []}
+    peaks: dict[str, dict[str, float]] = {name: {} for name in made}
 
     def call(name: str, count: int = args.evaluated) -> dict:
-        code = (
-            f"import json\nfrom benchmarks import rae_evaluation as one\nprint()\nmade = one.{name}({place!r}, {count})"
-        )
-        return measure.program(code + "\nprint('\\n' + json.dumps(made))").found
+        work = f"import json\nfrom benchmarks import rae_evaluation as one\nmade = one.{name}({place!r}, {count})\n"
+        done = measure.program(work + "print('\\n' + json.dumps(made))")
+        if name in peaks:
+            peaks[name][str(count)] = max(done.peak_mb, peaks[name].get(str(count), 0))
+        return done.found
 
     def run(name: str) -> float:
         made[name].append(call(name))
@@ -207,21 +203,17 @@ def compare(args: argparse.Namespace, root: Path) -> dict:
 
     first = call("reference")
     few = max(2, args.evaluated // 4)
-    small = {name: call(name, few) for name in made}  # a warm-up, too
+    for name in made:  # a warm-up, too
+        call(name, few)
     seconds = measure.interleave({name: lambda name=name: run(name) for name in made}, args.runs)
     theirs = made["alternative"][0]["rfid"]
     paths = (root / "reference/reference.safetensors", root / "ours/features.safetensors")
-    mine = fid.frechet_distance(*(fid.FeatureStatistics.load(path) for path in paths))
+    mine = fid.frechet_distance(*(fid.merge(fid.load_groups(path)) for path in paths))
     if abs(mine - theirs) > TOLERANCE * abs(theirs):
         sys.exit(f"rFID of ours {mine}, of the alternative {theirs}")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     cached = [one["without_reference_seconds"] for one in made["alternative"]]
     found = measure.ratio(seconds["alternative"], seconds["ours"])
-    peaks = {
-        name: {str(few): small[name]["peak_mb"], str(args.evaluated): max(one["peak_mb"] for one in made[name]),
-               "largest_worker": max(one["largest_worker_peak_mb"] for one in made[name])}
-        for name in made
-    }  # fmt: skip
     return {
         "alternative": "a PNG of each reconstruction and picture; torch_fidelity.calculate_metrics(fid=True, "
         f"feature_extractor={args.extractor!r}), which reads with 4 processes",
