@@ -11,14 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from scripts.coca.latents import Latents
-from scripts.coca.slides import open_slide, read_tiles
+from scripts.coca.slides import iterate_tiles, open_slide, read_tiles
 from scripts.coca.texts import Texts
 from scripts.common import tables
 from scripts.common.artefacts import sha256_text
 from scripts.common.data_order import item_seed
 from scripts.common.errors import KilnError
-
-SLAB = 1024  # tiles read at a time for a draw
 
 
 class Pair(NamedTuple):
@@ -88,12 +86,10 @@ class TileDraws:
             return read_tiles(slide)
         generator = np.random.Generator(np.random.Philox(key=item_seed(self.seed, epoch, index)))
         rows = np.sort(generator.choice(tiles, self.limit, replace=False))
-        parts = []
-        for start in range(0, tiles, SLAB):
-            inside = rows[(rows >= start) & (rows < start + SLAB)]
-            if len(inside):
-                first = int(inside[0])
-                parts.append(read_tiles(slide, first, int(inside[-1]) + 1)[inside - first])
+        parts, start = [], 0
+        for slab in iterate_tiles(slide):
+            parts.append(slab[rows[(rows >= start) & (rows < start + len(slab))] - start])
+            start += len(slab)
         return np.concatenate(parts)
 
 
