@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from scripts.coca.latents import Latents
 from scripts.coca.slides import iterate_tiles, open_slide, read_tiles
+from scripts.coca.split import read_splits
 from scripts.coca.texts import Texts
 from scripts.common import tables
 from scripts.common.artefacts import sha256_text
@@ -169,7 +170,7 @@ def read_side(manifest: Path, splits: Path, side: str) -> pd.DataFrame:
         KilnError: a table is unreadable, the side is empty, or one of its slides is not in the manifest.
     """
     table = tables.read_table(manifest, ["slide", "path", "tiles", "dim", "key", "patient", "text"])
-    wanted = tables.read_table(splits, ["slide", "side"])
+    wanted = read_splits(splits)
     slides = wanted.loc[wanted["side"] == side, "slide"]
     unknown = sorted(set(slides) - set(table["slide"]))
     if unknown:
@@ -179,4 +180,4 @@ def read_side(manifest: Path, splits: Path, side: str) -> pd.DataFrame:
         )
     if not len(slides):
         raise KilnError(f"{splits}: no slide on the {side} side", "give splits.csv of rule coca_split")
-    return table[table["slide"].isin(slides)].sort_values("slide").reset_index(drop=True)
+    return table[table["slide"].isin(slides)].sort_values("slide", ignore_index=True)

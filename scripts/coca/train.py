@@ -1,0 +1,194 @@
+"""Train a CoCa model on slides and their texts, with a slide encoder of its own or on a frozen one's latents.
+
+Rule `coca_train`. Killed at any moment, the same command carries on and, on a CPU, ends with the same bytes. Under
+torchrun each process takes its share of every global batch.
+"""
+
+import argparse
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scripts.coca import checkpoints, slide_model, texts
+from scripts.coca.latents import Latents
+from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws, read_side
+from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
+from scripts.coca.training import KS, Fit, check_batches
+from scripts.common import artefacts, devices, plots, preflight, step, trackers
+from scripts.common.errors import KilnError
+from scripts.common.settings import Settings, of_kind
+from scripts.common.training_state import KEEP, TrainingState, fingerprint
+
+SIDES = ("train", "validation")
+
+
+class TrainStepSettings(Settings):
+    """Settings of this step."""
+
+    encoder: EncoderSettings = EncoderSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+
+
+def open_images(args: argparse.Namespace, values: TrainStepSettings, table) -> Images:
+    """What gives the image tokens of `table`.
+
+    Raises:
+        KilnError: tiles for a frozen slide encoder, or latents for one that is trained.
+    """
+    if values.encoder.is_frozen and args.latents is None:
+        raise KilnError(
+            "the slide encoder is frozen, and --slides gives tiles",
+            "give --latents of rule coca_encode_slides, or set coca.encoder.frozen to false",
+        )
+    if not values.encoder.is_frozen and args.slides is None:
+        raise KilnError(
+            "the slide encoder is trained, and --latents gives what another one made of the tiles",
+            "give --slides, or set coca.encoder.weights",
+        )
+    if args.latents is not None:
+        return StoredLatents(args.latents, table)
+    return TileDraws(args.slides, table, values.train.tiles_per_slide, values.train.seed)
+
+
+def check_room(fit: Fit, state_folder: Path) -> None:
+    """Stop now if the disk lacks room for the training states and the checkpoints that are kept."""
+    weights = 4 * sum(p.numel() for p in fit.model.parameters())
+    kept = fit.values.epochs // fit.values.save_every if fit.values.save_every else 0
+    states = (KEEP + 1) * 4 * weights  # weights, the best ones, and Adam's two moments
+    preflight.require_disk(state_folder, states + kept * weights, "the training states")
+
+
+def train(fit: Fit, state: TrainingState, track: Path, keep) -> None:
+    """Train to the end; resumes from `state`, logs to a tracker in `track`, by optimiser steps.
+
+    Args:
+        keep: writes a checkpoint of the weights as they are to a path.
+    """
+    saved = state.load()
+    if saved is not None:
+        fit.load_state(saved)
+    main, values = fit.accelerator.is_main_process, fit.values
+    writer = trackers.tracker(track, values.tracker if main else "none", first_step=fit.at.step + 1)
+
+    def after_step(fit: Fit) -> None:
+        state.checkpoint(fit.at.step, fit.state)
+
+    def after_epoch(fit: Fit) -> None:
+        row = fit.at.history[-1]
+        for name, value in row.items():
+            writer.scalar(name, value, fit.at.step)
+        line = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+        if main:
+            step.log.info("epoch %d/%d, step %d: %s", fit.at.epoch, values.epochs, fit.at.step, line)
+        if main and values.save_every and fit.at.epoch % values.save_every == 0:
+            keep(state.folder / "epochs" / f"epoch-{fit.at.epoch:04d}.safetensors")
+
+    try:
+        fit.run(after_step, after_epoch)
+    finally:
+        writer.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = step.parser(__doc__, TrainStepSettings)
+    step.add_device(made)
+    made.add_argument("--manifest", type=Path, required=True, help="manifest.parquet of rule coca_list_slides")
+    made.add_argument("--splits", type=Path, required=True, help="splits.csv of rule coca_split")
+    made.add_argument("--tokenizer", type=Path, required=True, help="folder of rule coca_train_tokenizer")
+    images = made.add_mutually_exclusive_group(required=True)
+    images.add_argument("--slides", type=Path, help="folder of slides, where the slide encoder is trained")
+    images.add_argument("--latents", type=Path, help="folder of rule coca_encode_slides, where it is frozen")
+    made.add_argument("--encoder-weights", type=Path, help="of the slide encoder (default: setting encoder.weights)")
+    made.add_argument("--init-from", type=Path, help="checkpoint to start from (default: setting init_from)")
+    made.add_argument("--state-folder", type=Path, required=True, help="where the resumable state lies")
+    made.add_argument("--tracker-folder", type=Path, required=True, help="TensorBoard or W&B files")
+    made.add_argument("--output-folder", type=Path, required=True, help="model.safetensors, metrics.json, ...")
+    run(made.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and write what `args` name."""
+    values = step.read_settings(args)
+    own = values.train
+    accelerator = devices.make_accelerator(args.device, own.precision, step.threads(args), own.deterministic)
+    if not accelerator.is_main_process:
+        step.log.setLevel(logging.WARNING)
+    weights = args.encoder_weights or (Path(values.encoder.weights) if values.encoder.weights else None)
+    init_from = args.init_from or (Path(own.init_from) if own.init_from else None)
+    inputs = {"manifest": args.manifest, "splits": args.splits, **texts.identity(args.tokenizer)}
+    inputs |= {"latents": args.latents / "index.parquet"} if args.latents else {}
+    inputs |= {"encoder": weights} if weights and not values.encoder.is_frozen else {}
+    inputs |= {"init_from": init_from} if init_from else {}
+    record = step.record(args, "scripts.coca.train", values, inputs)
+    tokens = texts.Texts.load(args.tokenizer)
+    sides = {}
+    for side in SIDES:
+        table = read_side(args.manifest, args.splits, side)
+        sides[side] = Pairs(open_images(args, values, table), table, tokens, own.max_seq_len)
+        if sides[side].cut:
+            step.log.warning("%d of %d %s texts are cut to %d tokens", sides[side].cut, len(table), side,
+                             own.max_seq_len)  # fmt: skip
+    check_batches(sides["train"], sides["validation"], own, accelerator.num_processes)
+    model = build(args, values, sides["train"], tokens, weights, init_from)
+    fit = Fit(model, sides["train"], sides["validation"], own, accelerator, own.workers)
+    check_room(fit, args.state_folder)
+
+    def keep(path: Path) -> None:
+        save(path, fit, args, values)
+
+    hashes = {name: one["sha256"] for name, one in record.inputs.items()}
+    state = TrainingState(
+        args.state_folder, fingerprint(of_kind(values, "numerics"), hashes, record.code),
+        accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
+        own.save_minutes, own.budget_minutes,
+    )  # fmt: skip
+    try:
+        train(fit, state, args.tracker_folder, keep)
+        if accelerator.is_main_process:
+            write(args.output_folder, fit, keep, state.folder / "epochs", args.meta, record)
+        state.remove()
+    finally:
+        state.close()
+
+
+def write(folder: Path, fit: Fit, keep, epochs: Path, meta: Path, record) -> None:
+    """Write all outputs; the weights last but for the record."""
+    at = fit.at
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw(folder, at.history, len(fit.validation))
+    metrics, last, best = (folder / name for name in ("metrics.json", "last.safetensors", "model.safetensors"))
+    counts = {side: {"pairs": len(pairs), "cut_texts": pairs.cut, "distinct_texts": len(np.unique(pairs.codes))}
+              for side, pairs in (("train", fit.train), ("validation", fit.validation))}  # fmt: skip
+    chosen = {"epoch": at.best_epoch + 1, **at.history[at.best_epoch]}
+    artefacts.write_json(metrics, {"steps": at.step, "chosen": chosen, "sides": counts, "history": at.history})
+    with artefacts.atomic_folder(folder / "epochs") as temporary:
+        for path in sorted(epochs.glob("*.safetensors")):
+            shutil.copyfile(path, temporary / path.name)
+        names = [path.name for path in artefacts.write_listing(temporary)]
+    keep(last)
+    fit.model.load_state_dict(at.best)
+    keep(best)
+    kept = [folder / "epochs" / name for name in [*names, "files.json"]]
+    record.write(meta, [best, last, metrics, *pictures, *kept], items=at.step * fit.values.batch_size)
+
+
+def draw(folder: Path, history: list[dict], pairs: int) -> list[Path]:
+    """Curves of losses and of validation recalls, as PNG; returns their paths."""
+    epochs = list(range(1, len(history) + 1))
+    made = [folder / "loss.png", folder / "retrieval.png"]
+    lines = {f"{name}, {side}": (epochs, [row[key + name] for row in history])
+             for name in ("caption", "contrastive") for side, key in (("train", ""), ("validation", "val_"))
+             if all(key + name in row for row in history)}  # fmt: skip
+    plots.curves(made[0], lines, "epoch", "loss", "CoCa: weighted losses")
+    ks = [k for k in KS if f"val_r{k}" in history[0]]
+    recalls = {f"R@{k}": (epochs, [row[f"val_r{k}"] for row in history]) for k in ks}
+    plots.curves(made[1], recalls, "epoch", "recall", f"CoCa: retrieval on validation (n = {pairs}), mean of both ways")
+    return made
+
+
+if __name__ == "__main__":
+    step.run(main)
