@@ -269,7 +269,7 @@ class Fit:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Weighted losses as in training, and recalls in percent of one, on the validation side.
+        """Weighted losses as in training, and recalls, on the validation side.
 
         The contrastive loss is that of batches of the training's size, always the same ones. A recall is the mean of
         text to image and image to text, equal texts count as right, and `recall` is the mean of all.
