@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from scripts.coca import checkpoints, slide_model, texts
-from scripts.coca.latents import Latents
 from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws, read_side
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
+from scripts.coca.slide_model import SlideModel
 from scripts.coca.training import KS, Fit, check_batches
 from scripts.common import artefacts, devices, plots, preflight, step, trackers
 from scripts.common.errors import KilnError
@@ -54,6 +54,41 @@ def open_images(args: argparse.Namespace, values: TrainStepSettings, table) -> I
     return TileDraws(args.slides, table, values.train.tiles_per_slide, values.train.seed)
 
 
+def build(args: argparse.Namespace, values: TrainStepSettings, pairs: Pairs, tokens: texts.Texts) -> SlideModel:
+    """The model that training starts from.
+
+    Raises:
+        KilnError: latents of another width, another encoder's weights, or a checkpoint of another model or tokenizer.
+    """
+    own, frozen = values.train, values.encoder.is_frozen
+    if frozen and pairs.images.dim != values.encoder.dim:
+        raise KilnError(
+            f"{args.latents}: latents of width {pairs.images.dim}, but coca.encoder.dim is {values.encoder.dim}",
+            "encode the slides anew with these settings",
+        )
+    weights = None if frozen else args.encoder_weights
+    model = slide_model.build(
+        values.model, values.encoder, pairs.images.dim, tokens.size, tokens.pad_id, own.seed, own.temperature, weights
+    )  # fmt: skip
+    if args.init_from:
+        start_from(model, args.init_from, args.tokenizer)
+    return model
+
+
+def start_from(model: SlideModel, path: Path, tokenizer: Path) -> None:
+    """Take the weights of an earlier checkpoint.
+
+    Raises:
+        KilnError: of another tokenizer or shape.
+    """
+    facts, tensors = checkpoints.read(path)
+    checkpoints.check_tokenizer(path, facts, tokenizer)
+    try:
+        model.load_state_dict({**tensors, checkpoints.TIED: tensors["coca.token_emb.weight"]})
+    except (KeyError, RuntimeError) as error:
+        raise KilnError(f"{path}: another model: {error}", "check coca.model and coca.encoder") from None
+
+
 def check_room(fit: Fit, state_folder: Path) -> None:
     """Stop now if the disk lacks room for the training states and the checkpoints that are kept."""
     weights = 4 * sum(p.numel() for p in fit.model.parameters())
@@ -66,7 +101,7 @@ def train(fit: Fit, state: TrainingState, track: Path, keep) -> None:
     """Train to the end; resumes from `state`, logs to a tracker in `track`, by optimiser steps.
 
     Args:
-        keep: writes a checkpoint of the weights as they are to a path.
+        keep: writes the weights as they are: (path, steps, epochs).
     """
     saved = state.load()
     if saved is not None:
@@ -85,7 +120,7 @@ def train(fit: Fit, state: TrainingState, track: Path, keep) -> None:
         if main:
             step.log.info("epoch %d/%d, step %d: %s", fit.at.epoch, values.epochs, fit.at.step, line)
         if main and values.save_every and fit.at.epoch % values.save_every == 0:
-            keep(state.folder / "epochs" / f"epoch-{fit.at.epoch:04d}.safetensors")
+            keep(state.folder / "epochs" / f"epoch-{fit.at.epoch:04d}.safetensors", fit.at.step, fit.at.epoch)
 
     try:
         fit.run(after_step, after_epoch)
@@ -117,28 +152,34 @@ def run(args: argparse.Namespace) -> None:
     accelerator = devices.make_accelerator(args.device, own.precision, step.threads(args), own.deterministic)
     if not accelerator.is_main_process:
         step.log.setLevel(logging.WARNING)
-    weights = args.encoder_weights or (Path(values.encoder.weights) if values.encoder.weights else None)
-    init_from = args.init_from or (Path(own.init_from) if own.init_from else None)
+    args.encoder_weights = args.encoder_weights or (Path(values.encoder.weights) if values.encoder.weights else None)
+    args.init_from = args.init_from or (Path(own.init_from) if own.init_from else None)
     inputs = {"manifest": args.manifest, "splits": args.splits, **texts.identity(args.tokenizer)}
     inputs |= {"latents": args.latents / "index.parquet"} if args.latents else {}
-    inputs |= {"encoder": weights} if weights and not values.encoder.is_frozen else {}
-    inputs |= {"init_from": init_from} if init_from else {}
+    inputs |= {"encoder": args.encoder_weights} if args.encoder_weights and not values.encoder.is_frozen else {}
+    inputs |= {"init_from": args.init_from} if args.init_from else {}
     record = step.record(args, "scripts.coca.train", values, inputs)
     tokens = texts.Texts.load(args.tokenizer)
     sides = {}
     for side in SIDES:
         table = read_side(args.manifest, args.splits, side)
+        tile_dim = int(table["dim"].iloc[0])
         sides[side] = Pairs(open_images(args, values, table), table, tokens, own.max_seq_len)
         if sides[side].cut:
             step.log.warning("%d of %d %s texts are cut to %d tokens", sides[side].cut, len(table), side,
                              own.max_seq_len)  # fmt: skip
     check_batches(sides["train"], sides["validation"], own, accelerator.num_processes)
-    model = build(args, values, sides["train"], tokens, weights, init_from)
+    model = build(args, values, sides["train"], tokens)
     fit = Fit(model, sides["train"], sides["validation"], own, accelerator, own.workers)
     check_room(fit, args.state_folder)
+    stored = sides["train"].images if args.latents else None
+    facts = checkpoints.Facts(
+        tile_dim, slide_model.encoder_shape(values.encoder), values.model.model_dump(), tokens.size, tokens.pad_id,
+        checkpoints.identity(args.tokenizer), stored.latents.encoder_sha256 if stored else None, 0, 0,
+    )  # fmt: skip
 
-    def keep(path: Path) -> None:
-        save(path, fit, args, values)
+    def keep(path: Path, step: int, epoch: int) -> None:
+        checkpoints.save(path, model, facts._replace(step=step, epoch=epoch))
 
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     state = TrainingState(
@@ -169,9 +210,9 @@ def write(folder: Path, fit: Fit, keep, epochs: Path, meta: Path, record) -> Non
         for path in sorted(epochs.glob("*.safetensors")):
             shutil.copyfile(path, temporary / path.name)
         names = [path.name for path in artefacts.write_listing(temporary)]
-    keep(last)
+    keep(last, at.step, at.epoch)
     fit.model.load_state_dict(at.best)
-    keep(best)
+    keep(best, (at.best_epoch + 1) * fit.steps_per_epoch, at.best_epoch + 1)
     kept = [folder / "epochs" / name for name in [*names, "files.json"]]
     record.write(meta, [best, last, metrics, *pictures, *kept], items=at.step * fit.values.batch_size)
 

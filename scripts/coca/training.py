@@ -53,17 +53,16 @@ def check_batches(train: Pairs, validation: Pairs, values: TrainSettings, ranks:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: weights of linear layers decay, all others do not.
+    """Trainable parameters in two groups: matrices of weights decay, all others do not.
 
-    An embedding's weight does not, though a linear layer shares it.
+    An embedding's weight does not, though a linear layer shares it, nor do learnt queries and latents.
     """
-    modules = list(model.modules())
-    tied = {module.weight for module in modules if isinstance(module, nn.Embedding)}
-    decayed = {module.weight for module in modules if isinstance(module, nn.Linear)} - tied
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {p for name, p in trainable.items() if name.endswith("weight") and p.ndim > 1} - embeddings
     return [
-        {"params": [p for p in trainable if p in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in trainable.values() if p in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in trainable.values() if p not in matrices], "weight_decay": 0.0},
     ]
 
 
