@@ -13,17 +13,29 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import distributed
 
-from scripts.coca import batches, contrastive, list_slides, losses, slide_model, split, train, train_tokenizer
+from scripts.coca import (
+    batches,
+    checkpoints,
+    contrastive,
+    encode_slides,
+    list_slides,
+    losses,
+    slide_model,
+    split,
+    train,
+    train_tokenizer,
+)
 from scripts.coca.batches import Budget, Lengths
 from scripts.coca.pairs import Collate, Pairs, TileDraws, read_side
+from scripts.coca.perceiver import Perceiver
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.texts import Texts
 from scripts.coca.training import Fit
@@ -271,7 +283,8 @@ def of_two(rank: int, port: int, job, *arguments) -> None:
 
 
 def two_processes(job, *arguments) -> None:
-    torch.multiprocessing.spawn(of_two, (free_port(), job, *arguments), nprocs=2)
+    """Forks, so that torch is imported once."""
+    torch.multiprocessing.start_processes(of_two, (free_port(), job, *arguments), nprocs=2, start_method="fork")
 
 
 def two_equal_one(rank: int) -> None:
@@ -477,6 +490,46 @@ def test_another_tokenizers_checkpoint_is_refused(data, trained, tmp_path):
 def test_it_starts_from_an_earlier_checkpoint(data, trained, tmp_path):
     train.main(training(data, tmp_path / "out", "--init-from", str(trained / "last.safetensors"), epochs=1, lr=1e-4))
     assert history(tmp_path / "out")[0]["caption"] < history(trained)[-2]["caption"]
+
+
+def encoded(data: Path, folder: Path, seed: int) -> Path:
+    """Latents by a slide encoder of random weights, which stand for given ones."""
+    torch.manual_seed(seed)
+    encoder = EncoderSettings(**SETTINGS["encoder"])
+    folder.mkdir()
+    save_file(Perceiver(DIM, **slide_model.encoder_shape(encoder)).state_dict(), folder / "encoder.safetensors")
+    settings = {"encoder": SETTINGS["encoder"], "encode": {"workers": 0}}
+    encode_slides.main(["--manifest", str(data / "list/manifest.parquet"), "--slides", str(data / "slides"),
+                        "--encoder-weights", str(folder / "encoder.safetensors"), "--state-folder",
+                        str(folder / "state"), "--output-folder", str(folder / "latents"), "--device", "cpu",
+                        "--threads", "1", "--settings", json.dumps(settings), "--meta",
+                        str(folder / "latents/meta.json")])  # fmt: skip
+    return folder / "latents"
+
+
+def test_on_the_latents_of_a_frozen_encoder(data, tmp_path):
+    first, second = (encoded(data, tmp_path / str(seed), seed) for seed in range(2))
+    frozen = {"encoder": {"weights": str(tmp_path / "0/encoder.safetensors")}}
+
+    def of(latents: Path, out: Path, *more: str, **changes) -> list[str]:
+        arguments = training(data, out, "--settings", json.dumps(frozen), *more, **changes)
+        place = arguments.index("--slides")
+        return [*arguments[:place], "--latents", str(latents), *arguments[place + 2 :]]
+
+    train.main(of(first, tmp_path / "out"))
+    begin, *_, end = history(tmp_path / "out")
+    assert end["caption"] < 0.8 * begin["caption"]
+    facts, tensors = checkpoints.read(tmp_path / "out/model.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"coca"} and facts.tile_dim == DIM
+    assert facts.encoder_sha256 == json.loads((first / "summary.json").read_text())["encoder_sha256"]
+    start = ("--init-from", str(tmp_path / "out/last.safetensors"))
+    train.main(of(first, tmp_path / "on", *start, epochs=1, lr=1e-4))
+    assert history(tmp_path / "on")[0]["caption"] < begin["caption"]
+    with pytest.raises(KilnError, match="trained on latents of slide encoder"):
+        train.main(of(second, tmp_path / "other", *start))
+    with pytest.raises(KilnError, match="latents of width 16, expected 32"):
+        train.main(of(first, tmp_path / "other", "--settings", '{"encoder": {"dim": 32}}'))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow(minutes=2)

@@ -97,15 +97,20 @@ class TileDraws:
 class StoredLatents:
     """Latents of the slides of a table, by the frozen slide encoder, without the one that stands for the slide.
 
+    Args:
+        folder: of rule coca_encode_slides.
+        dim: width that the model expects.
+
     Raises:
-        KilnError: a slide has none.
+        KilnError: a slide has none, or they are of another width.
     """
 
-    def __init__(self, folder: Path, table: pd.DataFrame):
-        self.latents, self.slides = Latents(folder), table["slide"].to_list()
-        first = [self.latents.get(slide) for slide in self.slides][0]  # all must be there
-        self.dim = first.shape[1]
-        self.sizes = np.full(len(self.slides), len(first) - 1, np.int64)
+    def __init__(self, folder: Path, table: pd.DataFrame, dim: int):
+        self.latents, self.slides = Latents(folder, dim), table["slide"].to_list()
+        for slide in self.slides:
+            self.latents.get(slide)
+        self.dim = dim
+        self.sizes = np.full(len(self.slides), self.latents.latents, np.int64)
 
     def read(self, index: int, epoch: int) -> np.ndarray:
         """[latents,dim], the same in every epoch."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from scripts.coca import checkpoints, slide_model, texts
 from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws, read_side
@@ -33,56 +34,45 @@ class TrainStepSettings(Settings):
     train: TrainSettings = TrainSettings()
 
 
-def open_images(args: argparse.Namespace, values: TrainStepSettings, table) -> Images:
-    """What gives the image tokens of `table`.
+def check_images(args: argparse.Namespace, encoder: EncoderSettings) -> None:
+    """A frozen slide encoder goes with latents, one that is trained with tiles.
 
     Raises:
-        KilnError: tiles for a frozen slide encoder, or latents for one that is trained.
+        KilnError: they do not fit.
     """
-    if values.encoder.is_frozen and args.latents is None:
+    if encoder.is_frozen and args.latents is None:
         raise KilnError(
             "the slide encoder is frozen, and --slides gives tiles",
             "give --latents of rule coca_encode_slides, or set coca.encoder.frozen to false",
         )
-    if not values.encoder.is_frozen and args.slides is None:
+    if not encoder.is_frozen and args.slides is None:
         raise KilnError(
             "the slide encoder is trained, and --latents gives what another one made of the tiles",
             "give --slides, or set coca.encoder.weights",
         )
+
+
+def open_images(args: argparse.Namespace, values: TrainStepSettings, table: pd.DataFrame) -> Images:
+    """What gives the image tokens of `table`."""
     if args.latents is not None:
-        return StoredLatents(args.latents, table)
+        return StoredLatents(args.latents, table, values.encoder.dim)
     return TileDraws(args.slides, table, values.train.tiles_per_slide, values.train.seed)
 
 
-def build(args: argparse.Namespace, values: TrainStepSettings, pairs: Pairs, tokens: texts.Texts) -> SlideModel:
-    """The model that training starts from.
-
-    Raises:
-        KilnError: latents of another width, another encoder's weights, or a checkpoint of another model or tokenizer.
-    """
-    own, frozen = values.train, values.encoder.is_frozen
-    if frozen and pairs.images.dim != values.encoder.dim:
-        raise KilnError(
-            f"{args.latents}: latents of width {pairs.images.dim}, but coca.encoder.dim is {values.encoder.dim}",
-            "encode the slides anew with these settings",
-        )
-    weights = None if frozen else args.encoder_weights
-    model = slide_model.build(
-        values.model, values.encoder, pairs.images.dim, tokens.size, tokens.pad_id, own.seed, own.temperature, weights
-    )  # fmt: skip
-    if args.init_from:
-        start_from(model, args.init_from, args.tokenizer)
-    return model
-
-
-def start_from(model: SlideModel, path: Path, tokenizer: Path) -> None:
+def start_from(model: SlideModel, path: Path, facts: checkpoints.Facts, tokenizer: Path) -> None:
     """Take the weights of an earlier checkpoint.
 
     Raises:
-        KilnError: of another tokenizer or shape.
+        KilnError: of another tokenizer, frozen slide encoder, or shape.
     """
-    facts, tensors = checkpoints.read(path)
-    checkpoints.check_tokenizer(path, facts, tokenizer)
+    found, tensors = checkpoints.read(path)
+    checkpoints.check_tokenizer(path, found, tokenizer)
+    if found.encoder_sha256 and facts.encoder_sha256 and found.encoder_sha256 != facts.encoder_sha256:
+        raise KilnError(
+            f"{path}: trained on latents of slide encoder {found.encoder_sha256[:12]}, these are of "
+            f"{facts.encoder_sha256[:12]}",
+            "give a checkpoint of this slide encoder, or encode the slides with that one",
+        )
     try:
         model.load_state_dict({**tensors, checkpoints.TIED: tensors["coca.token_emb.weight"]})
     except (KeyError, RuntimeError) as error:
@@ -149,13 +139,14 @@ def run(args: argparse.Namespace) -> None:
     """Train and write what `args` name."""
     values = step.read_settings(args)
     own = values.train
+    check_images(args, values.encoder)
     accelerator = devices.make_accelerator(args.device, own.precision, step.threads(args), own.deterministic)
     if not accelerator.is_main_process:
         step.log.setLevel(logging.WARNING)
     args.encoder_weights = args.encoder_weights or (Path(values.encoder.weights) if values.encoder.weights else None)
     args.init_from = args.init_from or (Path(own.init_from) if own.init_from else None)
     inputs = {"manifest": args.manifest, "splits": args.splits, **texts.identity(args.tokenizer)}
-    inputs |= {"latents": args.latents / "index.parquet"} if args.latents else {}
+    inputs |= {f"latents {name}": args.latents / name for name in ("index.parquet", "summary.json") if args.latents}
     inputs |= {"encoder": args.encoder_weights} if args.encoder_weights and not values.encoder.is_frozen else {}
     inputs |= {"init_from": args.init_from} if args.init_from else {}
     record = step.record(args, "scripts.coca.train", values, inputs)
@@ -169,17 +160,23 @@ def run(args: argparse.Namespace) -> None:
             step.log.warning("%d of %d %s texts are cut to %d tokens", sides[side].cut, len(table), side,
                              own.max_seq_len)  # fmt: skip
     check_batches(sides["train"], sides["validation"], own, accelerator.num_processes)
-    model = build(args, values, sides["train"], tokens)
+    images, shape = sides["train"].images, slide_model.encoder_shape(values.encoder)
+    frozen_sha256 = images.latents.encoder_sha256 if args.latents else None
+    facts = checkpoints.Facts(
+        tile_dim, shape, values.model.model_dump(), tokens.size, tokens.pad_id, checkpoints.identity(args.tokenizer),
+        frozen_sha256, 0, 0,
+    )  # fmt: skip
+    model = slide_model.build(
+        values.model, values.encoder, tile_dim, tokens.size, tokens.pad_id, own.seed, own.temperature,
+        args.encoder_weights,
+    )  # fmt: skip
+    if args.init_from:
+        start_from(model, args.init_from, facts, args.tokenizer)
     fit = Fit(model, sides["train"], sides["validation"], own, accelerator, own.workers)
     check_room(fit, args.state_folder)
-    stored = sides["train"].images if args.latents else None
-    facts = checkpoints.Facts(
-        tile_dim, slide_model.encoder_shape(values.encoder), values.model.model_dump(), tokens.size, tokens.pad_id,
-        checkpoints.identity(args.tokenizer), stored.latents.encoder_sha256 if stored else None, 0, 0,
-    )  # fmt: skip
 
-    def keep(path: Path, step: int, epoch: int) -> None:
-        checkpoints.save(path, model, facts._replace(step=step, epoch=epoch))
+    def keep(path: Path, steps: int, epochs: int) -> None:
+        checkpoints.save(path, model, facts._replace(step=steps, epoch=epochs))
 
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     state = TrainingState(

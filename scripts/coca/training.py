@@ -198,9 +198,7 @@ class Fit:
         sides = contrastive.Sides(
             tuple(len(batches.share(batch, rank, self.ranks)) for rank in range(self.ranks)), self.rank
         )
-        _, contrast = contrastive.backward(
-            stream, passes, encode, terms, scale, loss, sides, self.accelerator.backward
-        )
+        _, contrast = contrastive.backward(stream, passes, encode, terms, scale, loss, sides, self.accelerator.backward)
         if self.ranks > 1:
             contrastive.sum_gradients(self.parameters)
         means = self._summed(found) | {"contrastive": contrast.item()}
