@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from scripts.common.errors import KilnError
+from scripts.common.schedules import learning_rate
 from scripts.rae import augment, discriminator, losses
 from scripts.rae.discriminator import RECIPES, Discriminator, Recipe
 from scripts.rae.perceptual import Lpips
@@ -525,20 +526,20 @@ def test_schedule():
 def test_learning_rate(data):
     steps = data.draw(st.integers(2, 500))
     warmup = data.draw(st.integers(0, steps - 2))
-    rates = np.array([losses.learning_rate(step, steps, warmup, 2e-4, 2e-5) for step in range(steps)])
+    rates = np.array([learning_rate(step, steps, warmup, 2e-4, 2e-5) for step in range(steps)])
     np.testing.assert_allclose(rates[:warmup], 2e-4 * np.arange(1, warmup + 1) / max(warmup, 1), rtol=1e-12)
     angles = np.linspace(0, np.pi, steps - warmup)
     np.testing.assert_allclose(rates[warmup:], 2e-5 + 0.9e-4 * (1 + np.cos(angles)), rtol=1e-9)
     assert rates[-1] == pytest.approx(2e-5, rel=1e-9) and (np.diff(rates[warmup:]) < 0).all()
-    assert losses.learning_rate(steps + 100, steps, warmup, 2e-4, 2e-5) == rates[-1]
+    assert learning_rate(steps + 100, steps, warmup, 2e-4, 2e-5) == rates[-1]
 
 
 def test_learning_rate_at_its_edges():
-    assert losses.learning_rate(0, 1, 0, 2e-4, 2e-5) == pytest.approx(2e-5)
-    assert losses.learning_rate(1, 2, 1, 2e-4, 2e-5) == pytest.approx(2e-5)
+    assert learning_rate(0, 1, 0, 2e-4, 2e-5) == pytest.approx(2e-5)
+    assert learning_rate(1, 2, 1, 2e-4, 2e-5) == pytest.approx(2e-5)
     for steps, warmup in ((5, 5), (5, 6), (5, -1), (0, 0)):
         with pytest.raises(KilnError, match="warm-up"):
-            losses.learning_rate(0, steps, warmup, 2e-4, 2e-5)
+            learning_rate(0, steps, warmup, 2e-4, 2e-5)
 
 
 def test_ema_is_the_weighted_sum_of_all_that_was():

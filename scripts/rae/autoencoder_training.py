@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from scripts.common.data_order import EpochBatches, item_seed
 from scripts.common.errors import KilnError
 from scripts.common.listed_images import collate, unwrapped
+from scripts.common.schedules import learning_rate
 from scripts.rae import arrow, augment, crops, losses
 from scripts.rae.autoencoder import Autoencoder
 from scripts.rae.decoder import DECODERS, Decoder, Size
@@ -202,7 +203,7 @@ class Fit:
         total, warmup = values.epochs * per_epoch, round(values.warmup_epochs * per_epoch)
         peaks = (values.lr, self.at.step), (values.discriminator_lr, self.at.discriminator_step)
         return tuple(
-            losses.learning_rate(step, total, warmup, peak, min(values.final_lr, peak)) for peak, step in peaks
+            learning_rate(step, total, warmup, peak, min(values.final_lr, peak)) for peak, step in peaks
         )
 
     def _step(self, images: torch.Tensor, indices: torch.Tensor) -> None:

@@ -1,7 +1,6 @@
 """Losses and schedules of stage 1: L1 + LPIPS + adaptive hinge GAN (RAE, arXiv:2510.11690; VQGAN, arXiv:2012.09841)."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,26 +102,6 @@ class Schedule:
     def gan(self, epoch: int) -> bool:
         """Whether the generator's adversarial loss counts."""
         return epoch >= self.gan_start
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float, final: float) -> float:
-    """Rate of the update `step`, counted from 0: peak * (step + 1) / warmup, then half a cosine, `final` at the end.
-
-    The cosine starts at step `warmup` and ends at the last step, `steps` - 1; later steps keep `final`. Published
-    runs end one step later, at `steps`, which no update reaches.
-
-    Raises:
-        KilnError: the warm-up leaves no step for the cosine.
-    """
-    if not 0 <= warmup < steps:
-        raise KilnError(
-            f"warm-up of {warmup} steps in {steps}: expected fewer, and not negative", "shorten the warm-up"
-        )
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    # a cosine of a single step is at its end
-    progress = min(1.0, (step - warmup) / (steps - 1 - warmup)) if steps - 1 > warmup else 1.0
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def update_ema(average: nn.Module, model: nn.Module, decay: float = 0.9978) -> None:
