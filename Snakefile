@@ -18,6 +18,7 @@ include: "rules/vase.smk"
 include: "rules/vase_vlm.smk"
 include: "rules/busi.smk"
 include: "rules/rae.smk"
+include: "rules/coca.smk"
 include: "rules/report.smk"
 
 
@@ -25,6 +26,7 @@ localrules:
     all,
     report,
     busi,
+    coca,
     rae,
     rae_evaluate_published,
     vase,

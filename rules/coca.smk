@@ -19,6 +19,8 @@ OUTPUTS (below {results}/coca/):
 STEPS: list, split, train the tokenizer, train (encode before or after it), caption, evaluate, describe.
 """
 
+from scripts.coca.settings import EXTENSIONS as COCA_EXTENSIONS
+
 COCA = f"{RESULTS}/coca"
 COCA_FROZEN = CONFIG.coca.encoder.is_frozen
 COCA_WEIGHTS = CONFIG.coca.encoder.weights
@@ -52,10 +54,11 @@ rule coca_list_slides:
         step=outside(STEP),
         slides=outside(COCA_SLIDES),
         labels=outside(CONFIG.coca.labels),
+        state=outside(f"{STATE}/coca/list_slides"),
         execution=outside(execution("coca.list")),
         settings=numerics("coca.list"),
         code=code_key("scripts.coca.list_slides"),
-        files=folder_digest(COCA_SLIDES, (".h5",)),
+        files=folder_digest(COCA_SLIDES, COCA_EXTENSIONS),
         folder=subpath(output.manifest, parent=True),
     message:
         "List the slides"
@@ -63,6 +66,7 @@ rule coca_list_slides:
         "{params.step} scripts.coca.list_slides"
         " --slides {params.slides:q}"
         " --labels {params.labels:q}"
+        " --state-folder {params.state:q}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -161,7 +165,9 @@ rule coca_encode_slides:
         step=outside(STEP),
         slides=outside(COCA_SLIDES),
         encoder=outside(
-            f"--encoder-weights {shlex.quote(COCA_WEIGHTS)}" if COCA_FROZEN else f"--checkpoint {shlex.quote(COCA_MODEL)}"
+            f"--encoder-weights {shlex.quote(COCA_WEIGHTS)}"
+            if COCA_FROZEN
+            else f"--checkpoint {shlex.quote(COCA_MODEL)}"
         ),
         execution=outside(execution(encoder="coca.encoder", encode="coca.encode")),
         device=outside(CONFIG.device),
@@ -233,9 +239,7 @@ rule coca_train:
         state=outside(f"{STATE}/coca/train"),
         tracker=outside(f"{LOGS}/coca/train"),
         tokenizer=subpath(input.tokenizer, parent=True),
-        settings=numerics(
-            tile_dim="coca.list.tile_dim", encoder="coca.encoder", model="coca.model", train="coca.train"
-        ),
+        settings=numerics(tile_dim="coca.list.tile_dim", encoder="coca.encoder", model="coca.model", train="coca.train"),
         code=code_key(*COCA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
     message:

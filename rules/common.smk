@@ -153,7 +153,7 @@ def file_digest(path):
     return sha256_file(Path(path)) if path and Path(path).is_file() else None
 
 
-DRAWN = ("draw_vases", "draw_ultrasound", "draw_digits")
+DRAWN = ("draw_vases", "draw_ultrasound", "draw_digits", "draw_slides")
 
 
 def drawn(path):
@@ -180,9 +180,9 @@ def optional_table(path):
     return lambda wildcards: drawn(path)(wildcards) or ([path] if path else [])
 
 
-def folder_digest(folder):
-    """A params function: digest of names, sizes and mtimes of a small folder's images."""
-    scanned = functools.cache(lambda: ShardTable({"all": scan(Path(folder), EXTENSIONS).items}).digest("all"))
+def folder_digest(folder, extensions=EXTENSIONS):
+    """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings."""
+    scanned = functools.cache(lambda: ShardTable({"all": scan(Path(folder), extensions).items}).digest("all"))
     return once_drawn(folder, lambda wildcards: scanned())
 
 

@@ -9,6 +9,7 @@ OUTPUTS:
     {results}/demo/draw_ultrasound/   images/ in class folders with masks, published/, planted.parquet
     {results}/demo/train_vlm/         a small Qwen2.5-VL, trained on coloured shapes
     {results}/demo/draw_digits/       images/ in ten class folders: handwritten digits among shapes
+    {results}/demo/draw_slides/       slides/ of tile embeddings, labels.json, patients.csv, truth.parquet
     {results}/demo/initialise_encoder/{encoder}/   a small DINOv2 and SigLIP2 with random weights
 
 Drawing is a checkpoint: which files there are is known, and sharded, only when it is done.
@@ -166,6 +167,36 @@ checkpoint demo_draw_digits:
         "Draw the demo's pictures of digits among shapes"
     shell:
         "{params.step} scripts.demo.draw_digits"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+checkpoint demo_draw_slides:
+    output:
+        listing=f"{DEMO}/draw_slides/files.json",
+        meta=f"{DEMO}/draw_slides.meta.json",
+    log:
+        f"{LOGS}/demo/draw_slides.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/draw_slides.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.slides"),
+        code=code_key("scripts.demo.draw_slides"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Draw the demo's slides"
+    shell:
+        "{params.step} scripts.demo.draw_slides"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
