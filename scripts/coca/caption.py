@@ -15,6 +15,7 @@ from scripts.coca import checkpoints, sides, texts
 from scripts.coca.generation import greedy
 from scripts.coca.latents import Latents
 from scripts.coca.settings import CaptionSettings
+from scripts.coca.texts import Texts
 from scripts.common import devices, progress, step, tables
 
 SIDES = ("validation", "test")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.coca.caption", values, inputs)
     asked = sides.read(args.manifest, args.splits)
     asked = asked[asked["side"].isin(SIDES)]
-    tokens = texts.load(args.tokenizer)
+    tokens = Texts.load(args.tokenizer)
     model, _ = checkpoints.load(args.checkpoint, args.tokenizer)
     model.to(accelerator.device)
     latents = Latents(args.latents)

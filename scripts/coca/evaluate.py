@@ -15,6 +15,7 @@ from pydantic import Field
 from scripts.coca import caption, checkpoints, embedding, scores, sides, texts
 from scripts.coca.latents import Latents
 from scripts.coca.settings import EvaluateSettings
+from scripts.coca.texts import Texts
 from scripts.common import artefacts, devices, plots, progress, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings
@@ -91,7 +92,7 @@ class Model:
     """A checkpoint's model with its tokenizer, which embeds."""
 
     def __init__(self, checkpoint: Path, tokenizer: Path, max_seq_len: int, accelerator):
-        self.texts, self.max_seq_len, self.accelerator = texts.load(tokenizer), max_seq_len, accelerator
+        self.texts, self.max_seq_len, self.accelerator = Texts.load(tokenizer), max_seq_len, accelerator
         self.coca = checkpoints.load(checkpoint, tokenizer)[0].coca.to(accelerator.device)
 
     def embed(self, strings: Sequence[str]) -> np.ndarray:

@@ -5,7 +5,6 @@ import torch
 from scripts.coca.texts import Texts
 
 
-@torch.inference_mode()
 def greedy(model, image_tokens: torch.Tensor, mask: torch.Tensor | None, texts: Texts, max_length: int) -> list[str]:
     """The likeliest token after the likeliest token, per row until the end mark or `max_length` new tokens.
 
@@ -17,6 +16,7 @@ def greedy(model, image_tokens: torch.Tensor, mask: torch.Tensor | None, texts: 
     return [texts.decode(row) for row in greedy_ids(model, image_tokens, mask, texts, max_length)]
 
 
+@torch.inference_mode()
 def greedy_ids(model, image_tokens, mask, texts: Texts, max_length: int) -> list[list[int]]:
     """The tokens of `greedy`, without marks."""
     rows = len(image_tokens)
@@ -34,5 +34,5 @@ def greedy_ids(model, image_tokens, mask, texts: Texts, max_length: int) -> list
             break
         made.append(chosen.where(going, texts.pad_id))
         last = chosen[:, None]
-    ids = torch.stack(made, dim=1).tolist() if made else [[]] * rows
+    ids = torch.stack(made, dim=1).tolist() if made else [[] for _ in range(rows)]
     return [[one for one in row if one != texts.pad_id] for row in ids]

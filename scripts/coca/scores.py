@@ -275,7 +275,7 @@ def trivial_probabilities(
 
 
 def trivial_scores(probabilities: np.ndarray, labels: np.ndarray, texts: Sequence[str], k: int) -> dict[str, Any]:
-    """What trivial features reach: `diagnosis` accuracy, and `retrieval` at k, where a text's rank is that of its class.
+    """What trivial features reach: `diagnosis` accuracy, and `retrieval` at k, where a text ranks as its class does.
 
     Args:
         probabilities: [N, C] of `trivial_probabilities`.
