@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from scripts.common.artefacts import atomic_path
 from scripts.common.errors import KilnError
 
-TEXT = ("path", "vase")  # columns that stay text as they stand: 007 is no number, NA is no gap
+TEXT = ("path", "vase", "slide", "patient")  # columns that stay text as they stand: 007 is no number, NA is no gap
 GAPS = ("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
 
 

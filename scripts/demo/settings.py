@@ -1,6 +1,6 @@
 """Settings of the embedded demo data."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from scripts.busi.settings import PROMPT, ListSettings
 from scripts.common.settings import Settings
@@ -111,6 +111,25 @@ class DigitsSettings(Settings):
     image_size: int = Field(64, ge=32, description="square pictures, in pixels")
 
 
+class SlidesSettings(Settings):
+    """The slides that are drawn: tile embeddings, report sentences, patients."""
+
+    seed: int = Field(0, ge=0)
+    slides: int = Field(400, gt=0)
+    patients: int = Field(250, gt=0, description="each has a slide at least")
+    dim: int = Field(2560, gt=0, description="features per tile")
+    min_tiles: int = Field(50, gt=0, description="tiles of the smallest slides")
+    max_tiles: int = Field(3000, gt=0, description="tiles of the largest slides; small ones are more common")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.slides < self.patients:
+            raise ValueError(f"slides {self.slides} must be at least patients {self.patients}")
+        if self.max_tiles < self.min_tiles:
+            raise ValueError(f"max_tiles {self.max_tiles} must be at least min_tiles {self.min_tiles}")
+        return self
+
+
 class EncoderModelSettings(Settings):
     """A frozen encoder with random weights, in the real class."""
 
@@ -137,4 +156,5 @@ class DemoSettings(Settings):
     vlm: DemoVlmSettings = DemoVlmSettings()
     ultrasound: UltrasoundSettings = UltrasoundSettings()
     digits: DigitsSettings = DigitsSettings()
+    slides: SlidesSettings = SlidesSettings()
     encoders: DemoEncodersSettings = DemoEncodersSettings()
