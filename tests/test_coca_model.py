@@ -4,9 +4,8 @@ import coca_pytorch
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-from scripts.coca.losses import caption_loss, contrastive_loss, loss_terms
+from scripts.coca.losses import caption_loss, contrastive_loss
 from scripts.coca.model import CoCa
 
 SHAPE = {"dim": 24, "unimodal_depth": 2, "multimodal_depth": 3, "dim_latents": 40, "image_dim": 20}

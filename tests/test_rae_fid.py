@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch_fidelity import feature_extractor_inceptionv3, metric_fid
 
-from scripts.common import statistics
+from scripts.common import parts, statistics
 from scripts.common.errors import KilnError
-from scripts.rae import crops, extractors, fid, parts, quality
+from scripts.rae import crops, extractors, fid, quality
 
 ORIGIN = fid.Origin("a" * 64, "validation", "ADM centre crop 256, uint8", "inception-v3-compat", "b" * 64)
 

@@ -20,7 +20,7 @@ def caption_loss(logits: Tensor, ids: Tensor, pad_id: int) -> tuple[Tensor, Tens
 def contrastive_loss(
     text_latents: Tensor, image_latents: Tensor, log_scale: Tensor, same: Tensor | None = None
 ) -> Tensor:
-    """Mean of the cross entropies text to image and image to text, a scalar; row i of one belongs to row i of the other.
+    """Mean of the cross entropies text to image and image to text, a scalar; rows of equal number belong together.
 
     Args:
         text_latents, image_latents: [N,D] of unit length.

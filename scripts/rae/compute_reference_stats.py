@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
-from scripts.common import artefacts, devices, step
+from scripts.common import artefacts, devices, parts, step
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
-from scripts.rae import evaluation, fid, latent_stats, parts, pictures, quality
+from scripts.rae import evaluation, fid, latent_stats, pictures, quality
 from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.settings import EvaluateSettings
 

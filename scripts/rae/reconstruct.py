@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scripts.common import devices, model_folders, step, tables
+from scripts.common import devices, model_folders, parts, step, tables
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
-from scripts.rae import checkpoints, evaluation, fid, parts, pictures, quality
+from scripts.rae import checkpoints, evaluation, fid, pictures, quality
 from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.perceptual import Lpips
 from scripts.rae.quality import COLUMNS

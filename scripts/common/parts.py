@@ -1,4 +1,4 @@
-"""Work on a split in parts of its rows: each whole or absent, so that a killed run carries on, for any processes."""
+"""Work on rows in parts of them: each whole or absent, so that a killed run carries on, for any processes."""
 
 import contextlib
 import shutil
@@ -19,21 +19,23 @@ def built(
     accelerator,
     name: str,
     groups: int = 1,
+    suffix: str = ".safetensors",
 ) -> Iterator[list[Path]]:
     """The parts' files, in the order of parts, once all processes have built theirs; removed after the block.
 
     Args:
         state: folder of this step's states; parts lie below it in `key`, which must name all that decides them.
-        items, per_part: rows of the split and of each part; the last ones may have fewer.
+        items, per_part: rows in all and of each part; the last ones may have fewer.
         build: (rows, file) writes `file` whole or not at all, and last.
         groups: rows are dealt to so many groups, row r to group r modulo `groups`, and part p is of group p modulo
             `groups`; with one group, a part's rows are consecutive.
+        suffix: ending of the parts' files.
     """
     folder, first = state / key, accelerator.is_main_process
     dealt = [range(group, items, groups) for group in range(groups)]
     rows = [own[start : start + per_part] for start in range(0, len(dealt[0]), per_part) for own in dealt]
     rows = [own for own in rows if own]  # the last groups may lack a last part
-    files = [folder / f"part-{number:05d}.safetensors" for number in range(len(rows))]
+    files = [folder / f"part-{number:05d}{suffix}" for number in range(len(rows))]
     with writer_lock(folder, owner=name) if first else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         own = range(accelerator.process_index, len(rows), accelerator.num_processes)
