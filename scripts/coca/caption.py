@@ -4,27 +4,15 @@ Rule `coca_caption`. No caption depends on the batch that it was made in.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
-
-from scripts.coca import checkpoints, sides, texts
+from scripts.coca import checkpoints, sides, stored_latents, texts
 from scripts.coca.generation import greedy
-from scripts.coca.latents import Latents
 from scripts.coca.settings import CaptionSettings
-from scripts.coca.texts import Texts
 from scripts.common import devices, progress, step, tables
 
 SIDES = ("validation", "test")
-
-
-def batches(latents: Latents, slides: Sequence[str], size: int) -> Iterator[torch.Tensor]:
-    """Image tokens float32 [B, latents, dim] of slides in order; the first stored vector stands for the slide alone."""
-    for start in range(0, len(slides), size):
-        yield torch.from_numpy(np.stack([latents.get(one)[1:] for one in slides[start : start + size]])).float()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,18 +36,16 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.coca.caption", values, inputs)
     asked = sides.read(args.manifest, args.splits)
     asked = asked[asked["side"].isin(SIDES)]
-    tokens = Texts.load(args.tokenizer)
-    model, _ = checkpoints.load(args.checkpoint, args.tokenizer)
-    model.to(accelerator.device)
-    latents = Latents(args.latents)
-    slides, captions = asked["slide"].to_list(), []
-    for slide in slides:
-        latents.get(slide)  # stop at a missing one before the first caption
-    size = values.batch_size
-    for image_tokens in progress.bar(batches(latents, slides, size), "caption", -(-len(slides) // size)):
+    tokens = texts.Texts.load(args.tokenizer)
+    model, facts = checkpoints.load(args.checkpoint, args.tokenizer)
+    coca = model.coca.to(accelerator.device)
+    slides, size, captions = asked["slide"].to_list(), values.batch_size, []
+    latents = stored_latents.open_latents(args.latents, args.checkpoint, facts, slides)
+    batches = stored_latents.batches(latents, slides, size)
+    for image_tokens in progress.bar(batches, "caption", -(-len(slides) // size)):
         with accelerator.autocast():
-            captions += greedy(model.coca, image_tokens.to(accelerator.device), None, tokens, values.max_length)
-    table = pd.DataFrame({name: asked[name].to_list() for name in ("slide", "side", "text")}).assign(caption=captions)
+            captions += greedy(coca, image_tokens.to(accelerator.device), None, tokens, values.max_length)
+    table = asked[["slide", "side", "text"]].assign(caption=captions)
     tables.write_table(args.output, table, ["slide"])
     empty = sum(not one.strip() for one in captions)
     step.log.info("%d captions, %d of them empty; %d distinct", len(captions), empty, len(set(captions)))

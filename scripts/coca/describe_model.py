@@ -32,8 +32,8 @@ NO_PATIENTS = (
     "both sides, which raises the scores and narrows the intervals."
 )
 PRISM = (
-    "Prism's weights are CC BY-NC-ND 4.0 and gated: no commercial use, no redistribution, and its licence counts models "
-    "trained on its outputs as derivatives, which may not be shared. This card gives no right to publish these files."
+    "Prism's weights are CC BY-NC-ND 4.0 and gated: no commercial use, no redistribution, and models trained on their "
+    "outputs count as derivatives, which may not be shared. This card gives no right to publish these files."
 )
 WORDS = {"image_to_text": "slide to text", "text_to_image": "text to slide"}
 MEASURES = {
@@ -127,9 +127,9 @@ def summary(settings: Mapping[str, Any], encoder: str | None) -> str:
         else f"trained with it from the weights of {encoder}"
     )  # fmt: skip
     return (
-        f"A contrastive captioner (CoCa, Yu et al. 2022) of whole slides: tile embeddings become {perceiver['latents']:,} "
-        f"vectors of {perceiver['dim']:,} by a slide encoder in Prism's layout ({origin}), and these a caption, or a "
-        f"vector of {model['dim_latents']:,} to be compared with that of a text. Text layers: "
+        "A contrastive captioner (CoCa, Yu et al. 2022) of whole slides: tile embeddings become "
+        f"{perceiver['latents']:,} vectors of {perceiver['dim']:,} by a slide encoder in Prism's layout ({origin}), and these "
+        f"a caption, or a vector of {model['dim_latents']:,} to be compared with that of a text. Text layers: "
         f"{model['unimodal_depth']} + {model['multimodal_depth']} of width {model['dim']:,}. Trained for "
         f"{settings['train']['epochs']} epochs in batches of {settings['train']['batch_size']} pairs."
     )
@@ -141,7 +141,8 @@ def usage(needs_encoder: bool) -> str:
     return (
         f"From a checkout of Kiln, with this folder as `{NAME}` and `.h5` files of tile embeddings in `SLIDES`:\n\n"
         "```bash\n"
-        f"python -m scripts.coca.predict --checkpoint {NAME}/model.safetensors --tokenizer {NAME}/tokenizer{encoder} \\\n"
+        f"python -m scripts.coca.predict --checkpoint {NAME}/model.safetensors \\\n"
+        f"    --tokenizer {NAME}/tokenizer{encoder} \\\n"
         '    --slides SLIDES --text "a text to compare with" --output predictions.jsonl\n'
         "```"
     )
@@ -177,8 +178,9 @@ def limits(metrics: Mapping[str, Any], args: argparse.Namespace, licence: str | 
     if "diagnosis" in metrics:
         one = metrics["diagnosis"]
         lines.append(
-            f"{sum(one['unanswered']):,} of {one['n']:,} captions name none of the classes {', '.join(one['classes'])}, "
-            f"or several, and count as wrong. {one['left_out']:,} texts name none or several, and are left out."
+            f"{sum(one['unanswered']):,} of {one['n']:,} captions name none of the classes "
+            f"{', '.join(one['classes'])}, or several, and count as wrong. "
+            f"{one['left_out']:,} texts name none or several, and are left out."
         )
     if licence is not None:
         lines.append(f"Licence of the slide encoder's weights ({args.encoder_name}): {licence}.")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from scripts.coca import caption, checkpoints, embedding, scores, sides, texts
+from scripts.coca import checkpoints, embedding, scores, sides, stored_latents, texts
 from scripts.coca.latents import Latents
 from scripts.coca.settings import EvaluateSettings
 from scripts.coca.texts import Texts
@@ -81,7 +81,7 @@ def read_captions(path: Path, test: pd.DataFrame) -> list[str]:
 
 def embed_slides(coca, latents: Latents, slides: Sequence[str], accelerator) -> np.ndarray:
     """Unit vectors [N, dim_latents] float32 of slides, in order."""
-    made = caption.batches(latents, slides, embedding.BATCH)
+    made = stored_latents.batches(latents, slides, embedding.BATCH)
     count = -(-len(slides) // embedding.BATCH)
     return np.concatenate(
         [embedding.embed_images(coca, one, accelerator) for one in progress.bar(made, "embed", count)]
@@ -93,7 +93,8 @@ class Model:
 
     def __init__(self, checkpoint: Path, tokenizer: Path, max_seq_len: int, accelerator):
         self.texts, self.max_seq_len, self.accelerator = Texts.load(tokenizer), max_seq_len, accelerator
-        self.coca = checkpoints.load(checkpoint, tokenizer)[0].coca.to(accelerator.device)
+        model, self.facts = checkpoints.load(checkpoint, tokenizer)
+        self.coca = model.coca.to(accelerator.device)
 
     def embed(self, strings: Sequence[str]) -> np.ndarray:
         """Unit vectors [N, dim_latents] float32 of texts."""
@@ -221,7 +222,9 @@ def run(args: argparse.Namespace) -> None:
     strings, patients = test["text"].to_list(), test["patient"].to_numpy()
 
     model = Model(args.checkpoint, args.tokenizer, values.max_seq_len, accelerator)
-    images = embed_slides(model.coca, Latents(args.latents), test["slide"].to_list(), accelerator)
+    asked = test["slide"].to_list()
+    latents = stored_latents.open_latents(args.latents, args.checkpoint, model.facts, asked)
+    images = embed_slides(model.coca, latents, asked, accelerator)
     similarity = images @ model.embed(strings).T
     retrieved = scores.retrieval_scores(similarity, strings, patients, own.ks)
     by_class = class_sections(model, images, captions, test, train, own) if own.classes else {}
