@@ -15,7 +15,8 @@ from scripts.common.errors import KilnError
 ENGLISH = ["infiltrating ductal carcinoma of the breast, grade 2", "benign breast tissue", "normal gland, no lesion"]
 CHINESE = ["浸润性导管癌，中等分化", "乳腺良性组织", "正常腺体，未见病变"]
 OTHERS = ["infiltrating lobular carcinoma of the breast, grade 2", "benign fibrous tissue here", "a stone"]
-words = st.lists(st.sampled_from(["grade", "2", "carcinoma", "of", "the", "癌", "浸润", "good"]), max_size=8).map(" ".join)
+WORDS = ["grade", "2", "carcinoma", "of", "the", "癌", "浸润", "good"]
+words = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
 
 
 def plain_interval(values, patients, seed=9) -> list[float]:
@@ -64,7 +65,8 @@ def test_rouge_sees_chinese():
     # 浸润性癌 and 浸润性导管癌: 4 characters of 4 and of 6 in order
     assert RougeScorer(["rougeL"]).score("浸润性导管癌", "浸润性癌")["rougeL"].fmeasure == 0  # the package's own tokens
     assert scores.text_measures(["浸润性癌"], ["浸润性导管癌"])["rouge_l"][0] == pytest.approx(2 * 4 / (4 + 6))
-    assert scores.Words().tokenize("HER2阳性, Ki-67 约20%; naïve") == ["her2", "阳", "性", "ki", "67", "约", "20", "naïve"]
+    found = scores.Words().tokenize("HER2阳性, Ki-67 约20%; naïve")
+    assert found == ["her2", "阳", "性", "ki", "67", "约", "20", "naïve"]
 
 
 def test_bleu_resamples_whole_patients():
@@ -218,7 +220,8 @@ def test_summary_holds_both_headlines_with_what_they_are_compared_with():
     made, why = scores.summary(retrieved, diagnosed, {"diagnosis": 0.3, "retrieval": 0.4})
     assert not why
     one = made["retrieval_r5"]
-    assert (one["value"], one["baseline_kind"], one["trivial"]) == (1, "chance", 0.4) and one["baseline"] == pytest.approx(0.25)
+    assert (one["value"], one["baseline_kind"], one["trivial"]) == (1, "chance", 0.4)
+    assert one["baseline"] == pytest.approx(0.25)
     assert (one["image_to_text"], one["text_to_image"], one["n"]) == (1, 1, 20)
     one = made["caption_diagnosis_accuracy"]
     assert (one["value"], one["baseline"], one["baseline_kind"], one["trivial"]) == (1, 0.25, "most_frequent", 0.3)

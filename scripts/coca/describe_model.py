@@ -28,7 +28,7 @@ DRAWN = (
     "pipeline learns, and nothing about pathology."
 )
 NO_PATIENTS = (
-    "No patient identifiers were given: each slide counts as a patient of its own. Slides of one patient may lie on "
+    "Each slide counts as a patient of its own. If no patient identifiers were given, slides of one patient may lie on "
     "both sides, which raises the scores and narrows the intervals."
 )
 PRISM = (
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         settings=cards.without_paths(settings),
         code_key=trained["code"],
         git_commit=trained["git_commit"],
-        starting_point=f"the slide encoder {args.encoder_name}, and random weights" if given else None,
+        starting_point=starting_point(settings, args.encoder_name if given else None),
         tags=["pathology", "whole-slide-image", "contrastive-captioner"],
     )
     files = artefacts.read_json(listing)
@@ -128,11 +128,19 @@ def summary(settings: Mapping[str, Any], encoder: str | None) -> str:
     )  # fmt: skip
     return (
         "A contrastive captioner (CoCa, Yu et al. 2022) of whole slides: tile embeddings become "
-        f"{perceiver['latents']:,} vectors of {perceiver['dim']:,} by a slide encoder in Prism's layout ({origin}), and these "
-        f"a caption, or a vector of {model['dim_latents']:,} to be compared with that of a text. Text layers: "
-        f"{model['unimodal_depth']} + {model['multimodal_depth']} of width {model['dim']:,}. Trained for "
+        f"{perceiver['latents']:,} vectors of {perceiver['dim']:,} by a slide encoder in Prism's layout ({origin}), "
+        f"and these a caption, or a vector of {model['dim_latents']:,} to be compared with that of a text. "
+        f"Text layers: {model['unimodal_depth']} + {model['multimodal_depth']} of width {model['dim']:,}. Trained for "
         f"{settings['train']['epochs']} epochs in batches of {settings['train']['batch_size']} pairs."
     )
+
+
+def starting_point(settings: Mapping[str, Any], encoder: str | None) -> str | None:
+    """What was not trained from scratch, in words."""
+    own = "an earlier checkpoint of this kind" if settings["train"]["init_from"] else "random weights"
+    if encoder is None:
+        return own if settings["train"]["init_from"] else None
+    return f"the slide encoder {encoder}, and {own}"
 
 
 def usage(needs_encoder: bool) -> str:

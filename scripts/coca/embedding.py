@@ -34,4 +34,4 @@ def embed_images(coca, image_tokens: torch.Tensor, accelerator) -> np.ndarray:
 
 def scale(coca) -> float:
     """What cosines are multiplied by before a softmax."""
-    return float(coca.temperature.exp())
+    return float(coca.temperature.detach().exp())

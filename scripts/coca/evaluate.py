@@ -34,7 +34,7 @@ class EvaluateStepSettings(Settings):
 
 
 def check_classes(classes: Mapping[str, Sequence[str]]) -> None:
-    """Refuse terms that another class's terms are part of.
+    """Refuse a term that two classes have.
 
     Raises:
         KilnError: a term that is not of its own class alone.
@@ -43,8 +43,8 @@ def check_classes(classes: Mapping[str, Sequence[str]]) -> None:
         for term in terms:
             if texts.class_of(term, classes) != name:
                 raise KilnError(
-                    f"coca.evaluate.classes: term {term!r} of {name} holds a term of another class",
-                    "every text with it would be of both: write terms that tell the classes apart",
+                    f"coca.evaluate.classes: term {term!r} of {name} is also one of another class",
+                    "a text with it would be of both: write terms that tell the classes apart",
                 )
 
 
@@ -99,6 +99,10 @@ class Model:
     def embed(self, strings: Sequence[str]) -> np.ndarray:
         """Unit vectors [N, dim_latents] float32 of texts."""
         return embedding.embed_texts(self.coca, self.texts, strings, self.max_seq_len, self.accelerator)
+
+    def cut(self, strings: Sequence[str]) -> int:
+        """How many texts are too long, so that their ends are not seen."""
+        return sum(self.texts.encode(one, self.max_seq_len)[1] for one in strings)
 
 
 def class_sections(
@@ -233,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
         "summary": made,
         "left_out": left_out,
         "data": {"train": side_counts(train), "test": side_counts(test)},
-        "retrieval": retrieved,
+        "retrieval": {"cut_texts": model.cut(strings), **retrieved},
         "captions": scores.caption_scores(captions, strings, train["text"].to_list(), patients),
         **by_class,
     }

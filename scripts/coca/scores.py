@@ -128,7 +128,8 @@ def caption_scores(
     tokenizer = bleu_tokenizer(texts)
     own, floor = text_measures(captions, texts), text_measures([constant] * len(texts), texts)
     floor_bleu = bleu(bleu_counts([constant] * len(texts), texts, tokenizer).sum(0))
-    seen = np.isin(texts, list(set(train_texts)))
+    known = set(train_texts)
+    seen = np.array([text in known for text in texts])
     made = {"bleu": bleu_entry(bleu_counts(captions, texts, tokenizer), patients, floor_bleu)}
     made |= {name: entry(own[name], patients, float(floor[name].mean()), "most_frequent") for name in MEASURES}
     made["exact_seen"] = (
@@ -165,7 +166,7 @@ def retrieval_scores(
         found["left_out"] = {"ks": [k for k in ks if k > n], "reason": f"more than {n} candidates"}
     if not fitting:
         return found
-    codes = np.unique(texts, return_inverse=True)[1]
+    codes = pd.factorize(np.array(texts, dtype=object))[0]
     both = retrieval.recall_at_k(similarity, fitting, (codes, codes))
     directions = {"image_to_text": both["row_to_column"], "text_to_image": both["column_to_row"]}
     for name, one in directions.items():
@@ -283,7 +284,7 @@ def trivial_scores(probabilities: np.ndarray, labels: np.ndarray, texts: Sequenc
     """
     named = labels >= 0
     similarity = np.where(named, probabilities[:, np.maximum(labels, 0)], 0.0)
-    codes = np.unique(texts, return_inverse=True)[1]
+    codes = pd.factorize(np.array(texts, dtype=object))[0]
     return {
         "diagnosis": float((probabilities.argmax(axis=1)[named] == labels[named]).mean()),
         "retrieval": expected_recall(similarity, codes, k) if k <= len(texts) else None,

@@ -179,11 +179,12 @@ def heat_map(
     """Finite values (N, N) as colours; `groups` names what each of the N belongs to, neighbours together.
 
     Raises:
-        KilnError: another shape, no values, or one that is not finite.
+        KilnError: another shape, no values, one that is not finite, or another count of groups.
     """
     values = np.asarray(values, dtype=float)
-    if values.ndim != 2 or values.shape[0] != values.shape[1] or not values.size or not np.isfinite(values).all():
-        raise KilnError(f"{path.name}: {values.shape} values, expected finite ones, N by N", "look at the embeddings")
+    n = len(values) if groups is None else len(groups)
+    if not n or values.shape != (n, n) or not np.isfinite(values).all():
+        raise KilnError(f"{path.name}: {values.shape} values, expected finite ones, {n} x {n}", "look at their source")
     with style():
         figure, axes = _axes(7.2, 6, title)
         axes.grid(False)
