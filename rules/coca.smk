@@ -13,7 +13,7 @@ OUTPUTS (below {results}/coca/):
     encode_slides/     latents/: of every slide, memory-mapped; before training by a frozen encoder, else after it
     train/             model.safetensors (best by validation), last.safetensors, metrics.json, loss.png, retrieval.png
     caption/           captions.parquet
-    evaluate/          metrics.json, scores.png
+    evaluate/          metrics.json, scores.png, similarity.png, confusion.png
     describe_model/    README.md (the card), model/
 
 STEPS: list, split, train the tokenizer, train (encode before or after it), caption, evaluate, describe.
@@ -28,6 +28,7 @@ COCA_SLIDES = CONFIG.coca.slides
 COCA_LATENTS = f"{COCA}/encode_slides/latents"
 COCA_MODEL = f"{COCA}/train/model.safetensors"
 COCA_TRAIN_CODE = ("scripts.common.devices", "scripts.coca.training")
+COCA_PICTURES = ("scores", "similarity", *(("confusion",) if CONFIG.coca.evaluate.classes else ()))
 COCA_DEMO = "--demo" if COCA_SLIDES.startswith(f"{DEMO}/") else ""
 
 
@@ -317,8 +318,8 @@ rule coca_evaluate:
         checkpoint=rules.coca_train.output.weights,
     output:
         metrics=f"{COCA}/evaluate/metrics.json",
-        scores=report(
-            f"{COCA}/evaluate/scores.png",
+        pictures=report(
+            [f"{COCA}/evaluate/{name}.png" for name in COCA_PICTURES],
             caption="captions/coca_scores.rst",
             category="coca",
             labels={"step": "evaluate", "picture": "scores"},
@@ -335,12 +336,11 @@ rule coca_evaluate:
         **class_resources(CONFIG.coca.resources),
     params:
         step=outside(STEP),
-        slides=outside(COCA_SLIDES),
         device=outside(CONFIG.device),
         launcher=outside(launcher(CONFIG.coca.resources)),
         tokenizer=subpath(input.tokenizer, parent=True),
         latents=subpath(input.latents, parent=True),
-        settings=numerics("coca.evaluate"),
+        settings=numerics(evaluate="coca.evaluate", max_seq_len="coca.train.max_seq_len"),
         code=code_key("scripts.coca.evaluate"),
         folder=subpath(output.metrics, parent=True),
     message:
@@ -351,7 +351,6 @@ rule coca_evaluate:
         " --manifest {input.manifest:q}"
         " --splits {input.splits:q}"
         " --tokenizer {params.tokenizer:q}"
-        " --slides {params.slides:q}"
         " --latents {params.latents:q}"
         " --checkpoint {input.checkpoint:q}"
         " --output-folder {params.folder:q}"
@@ -363,6 +362,50 @@ rule coca_evaluate:
         " 2>&1 | tee {log:q}"
 
 
+rule coca_describe_model:
+    input:
+        metrics=rules.coca_evaluate.output.metrics,
+        training=rules.coca_train.output.meta,
+        slides=rules.coca_list_slides.output.summary,
+        checkpoint=rules.coca_train.output.weights,
+        tokenizer=rules.coca_train_tokenizer.output.listing,
+    output:
+        card=f"{COCA}/describe_model/README.md",
+        model=f"{COCA}/describe_model/model/files.json",
+        meta=f"{COCA}/describe_model/meta.json",
+    log:
+        f"{LOGS}/coca/describe_model.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/describe_model.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        demo=COCA_DEMO,
+        tokenizer=subpath(input.tokenizer, parent=True),
+        code=code_key("scripts.coca.describe_model"),
+        folder=subpath(output.card, parent=True),
+    message:
+        "Describe the CoCa model"
+    shell:
+        "{params.step} scripts.coca.describe_model"
+        " --metrics {input.metrics:q}"
+        " --training-meta {input.training:q}"
+        " --manifest-summary {input.slides:q}"
+        " --checkpoint {input.checkpoint:q}"
+        " --tokenizer {params.tokenizer:q}"
+        " {params.demo}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
 rule coca:
     input:
         rules.coca_evaluate.output.metrics,
+        rules.coca_describe_model.output.card,

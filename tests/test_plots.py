@@ -50,7 +50,11 @@ def _intervals(path):
     plots.intervals(path, {CHINESE: (0.7, (0.6, 0.8)), "one group": (1.0, None)}, "accuracy", CHINESE, {"chance": 0.5})
 
 
-FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet, _reliability, _intervals]
+def _heat_map(path):
+    plots.heat_map(path, np.arange(25).reshape(5, 5) / 24, CHINESE, "texts", "切片", ["腺癌", "腺癌", "b", "b", "b"])
+
+
+FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet, _reliability, _intervals, _heat_map]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -165,6 +169,9 @@ def test_captions_stay_in_their_box(text, width, lines):
         lambda p: plots.reliability(p, {}, "t"),
         lambda p: plots.reliability(p, {"a": ([{"n": 0}], 0.0)}, "t"),
         lambda p: plots.intervals(p, {}, "x", "t"),
+        lambda p: plots.heat_map(p, [[1, 2]], "t", "x", "y"),
+        lambda p: plots.heat_map(p, [[1, float("nan")], [1, 2]], "t", "x", "y"),
+        lambda p: plots.heat_map(p, [[1, 0], [1, 2]], "t", "x", "y", ["a"]),
         lambda p: plots.funnel(p, [("a", -1)], "t"),
         lambda p: sheets.contact_sheet(p, [("a", [sheets.Tile(None)] * 9000)], "t"),
     ],
@@ -181,7 +188,8 @@ def test_odd_data_are_drawn(tmp_path):
     plots.distribution(tmp_path / "d.png", [0.0] * 1000 + [1e9], "t", "x")
     plots.funnel(tmp_path / "e.png", [("nothing", 0), ("nothing still", 0)], "t")
     sheets.contact_sheet(tmp_path / "f.png", [], "nothing")
-    assert len(list(tmp_path.glob("*.png"))) == 6
+    plots.heat_map(tmp_path / "g.png", [[1.0]], "one", "x", "y")
+    assert len(list(tmp_path.glob("*.png"))) == 7
 
 
 def test_unknown_mark_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.common import artefacts, cards, step
+from scripts.common import cards, step
 from scripts.common.errors import KilnError
 
 METHODS = {
@@ -32,19 +32,6 @@ NO_PATIENTS = (
     "No patient identifiers exist: images are kept together only as near-duplicates. Different images of one patient "
     "may lie on both sides, which raises the scores and narrows the intervals."
 )
-
-
-def read_facts(path: Path, *keys: str) -> dict[str, Any]:
-    """A JSON object that has `keys`.
-
-    Raises:
-        KilnError: it is none, or lacks one; names file and key.
-    """
-    found = artefacts.read_json(path)
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise KilnError(f"{path}: no {', '.join(missing)}", "check which file this is, or make it anew")
-    return found
 
 
 def counted(side: Mapping[str, Any]) -> str:
@@ -139,11 +126,11 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.busi.describe_model", None, inputs)
     if cards.without_paths(args.base_name) != args.base_name:
         raise KilnError(f"--base-name {args.base_name}: a path", "cards tell nothing of your disk: name it in words")
-    trained = read_facts(args.adapter_meta, "settings", "code", "git_commit")
-    metrics = read_facts(args.metrics, "models", "data", "classes", "leak")
-    leakage = read_facts(args.leakage, "thresholds")
+    trained = cards.read_facts(args.adapter_meta, "settings", "code", "git_commit")
+    metrics = cards.read_facts(args.metrics, "models", "data", "classes", "leak")
+    leakage = cards.read_facts(args.leakage, "thresholds")
     keys = ("dtype", "relative_error", "tolerance", "largest_difference", "top1_agreement", "adapter_effect", "prompts")
-    parity = read_facts(args.parity, *keys)
+    parity = cards.read_facts(args.parity, *keys)
     if args.method not in metrics["models"]:
         raise KilnError(
             f"{args.metrics}: no scores of {args.method}; it has {', '.join(metrics['models'])}",

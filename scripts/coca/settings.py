@@ -153,12 +153,20 @@ class EvaluateSettings(Settings):
     prompts: dict[str, list[str]] = Field({}, description="{class: prompts} of zero-shot; empty: the terms themselves")
 
     @model_validator(mode="after")
-    def _each_term_is_of_one_class(self):
+    def _has_classes_to_tell_apart(self):
+        if min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
+            raise ValueError(f"ks {list(self.ks)}: expected distinct numbers from 1")
+        if len(self.classes) == 1:
+            raise ValueError(f"one class, {next(iter(self.classes))}: give two or more, or none")
+        for name, terms in (*self.classes.items(), *self.prompts.items()):
+            if not terms or not all(term.strip() for term in terms):
+                raise ValueError(f"class {name}: {terms}, expected texts that are not empty")
+        unknown = set(self.prompts) - set(self.classes)
+        if unknown:
+            raise ValueError(f"prompts of {min(unknown)}, which is none of the classes {', '.join(self.classes)}")
         seen: dict[str, str] = {}
         for name, terms in self.classes.items():
             for term in terms:
-                if not term.strip():
-                    raise ValueError(f"class {name!r} has an empty term")
                 if seen.setdefault(term.casefold(), name) != name:
                     raise ValueError(f"{term!r} is a term of {seen[term.casefold()]!r} and of {name!r}")
         return self

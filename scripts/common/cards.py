@@ -154,6 +154,19 @@ def write_card(
         _check_reads_back(temporary, card_data, path)
 
 
+def read_facts(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object that has `keys`.
+
+    Raises:
+        KilnError: it is none, or lacks one; names file and key.
+    """
+    found = artefacts.read_json(path)
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise KilnError(f"{path}: no {', '.join(missing)}", "check which file this is, or make it anew")
+    return found
+
+
 def without_paths(value: Any) -> Any:
     """Settings with every path of a disk cut down to its last part."""
     if isinstance(value, Mapping):

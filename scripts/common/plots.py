@@ -175,6 +175,36 @@ def confusion_matrix(
         save(figure, path)
 
 
+def heat_map(
+    path: Path, values: ArrayLike, title: str, xlabel: str, ylabel: str, groups: Sequence[str] | None = None
+) -> None:
+    """Finite values (N, N) as colours; `groups` names what each of the N belongs to, neighbours together.
+
+    Raises:
+        KilnError: another shape, no values, one that is not finite, or another count of groups.
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values) if groups is None else len(groups)
+    if not n or values.shape != (n, n) or not np.isfinite(values).all():
+        raise KilnError(f"{path.name}: {values.shape} values, expected finite ones, {n} x {n}", "look at their source")
+    with style():
+        figure, axes = _axes(7.2, 6, title)
+        axes.grid(False)
+        shown = axes.imshow(values, cmap="viridis", aspect="equal", interpolation="nearest")
+        figure.colorbar(shown, ax=axes, fraction=0.05)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if groups is not None:
+            names, sizes = zip(*((name, len(list(run))) for name, run in itertools.groupby(groups)), strict=True)
+            ends = np.cumsum(sizes)
+            for end in ends[:-1]:
+                axes.axhline(end - 0.5, color="white", linewidth=1)
+                axes.axvline(end - 0.5, color="white", linewidth=1)
+            axes.set_yticks(ends - np.asarray(sizes) / 2 - 0.5, names)
+            axes.set_xticks([])
+        axes.tick_params(length=0)
+        save(figure, path)
+
+
 def distribution(
     path: Path, values: ArrayLike, title: str, xlabel: str, marks: Mapping[str, float] | None = None
 ) -> None:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.rae.describe_model", None, paths | {"sheet": args.sheet, "weights": listing})
     if cards.without_paths(args.base_name) != args.base_name:
         raise KilnError(f"--base-name {args.base_name}: a path", "cards tell nothing of your disk: name it in words")
-    metrics, trained, dataset, model = (read_facts(path, *KEYS[name]) for name, path in paths.items())
+    metrics, trained, dataset, model = (cards.read_facts(path, *KEYS[name]) for name, path in paths.items())
     licence = args.licence.strip()
     encoder = model["encoder"]["name"]
     name, scores = f"rae-{encoder}", {key.removeprefix(f"{encoder}_"): v for key, v in metrics["summary"].items()}
@@ -91,19 +91,6 @@ def run(args: argparse.Namespace) -> None:
     links = {one: args.weights / one for one in files} | {card.name: card, sheet.name: sheet}
     artefacts.link_folder(args.output_folder / "model", links, files | artefacts.describe_files([card, sheet]))
     record.write(args.meta, [card, sheet, args.output_folder / "model/files.json"])
-
-
-def read_facts(path: Path, *keys: str) -> dict[str, Any]:
-    """A JSON object that has `keys`.
-
-    Raises:
-        KilnError: it is none, or lacks one; names file and key.
-    """
-    found = artefacts.read_json(path)
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise KilnError(f"{path}: no {', '.join(missing)}", "check which file this is, or make it anew")
-    return found
 
 
 def summary(model: Mapping[str, Any], base: str) -> str:

@@ -1,0 +1,28 @@
+"""The slides of a manifest with their sides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from scripts.coca.split import read_splits
+from scripts.common import tables
+from scripts.common.errors import KilnError
+
+
+def read(manifest: Path, splits: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Columns slide, text, patient, side, and `columns` of the manifest; sorted by slide.
+
+    Raises:
+        KilnError: a table is unreadable, or the two hold different slides.
+    """
+    slides, sides = tables.read_table(manifest, ["slide", "text", *columns]), read_splits(splits)
+    odd = set(slides["slide"]) ^ set(sides["slide"])
+    if odd:
+        first = min(odd)
+        where = splits if first in set(slides["slide"]) else manifest
+        raise KilnError(
+            f"{where}: no slide {first} ({len(odd)} slides are in one table alone)",
+            "manifest and splits are not of one run: run coca_split again",
+        )
+    return slides.merge(sides, on="slide", validate="one_to_one").sort_values("slide", ignore_index=True)
