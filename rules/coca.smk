@@ -174,7 +174,7 @@ rule coca_encode_slides:
         device=outside(CONFIG.device),
         launcher=outside(launcher(CONFIG.coca.resources)),
         state=outside(f"{STATE}/coca/encode_slides"),
-        settings=numerics(tile_dim="coca.list.tile_dim", encoder="coca.encoder", encode="coca.encode"),
+        settings=numerics(encoder="coca.encoder", encode="coca.encode"),
         code=code_key("scripts.coca.encode_slides"),
         folder=subpath(output.index, parent=True),
     message:
@@ -240,7 +240,7 @@ rule coca_train:
         state=outside(f"{STATE}/coca/train"),
         tracker=outside(f"{LOGS}/coca/train"),
         tokenizer=subpath(input.tokenizer, parent=True),
-        settings=numerics(tile_dim="coca.list.tile_dim", encoder="coca.encoder", model="coca.model", train="coca.train"),
+        settings=numerics(encoder="coca.encoder", model="coca.model", train="coca.train"),
         code=code_key(*COCA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
     message:
