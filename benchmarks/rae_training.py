@@ -28,7 +28,7 @@ from scripts.rae.settings import AutoencoderSettings, DecoderSettings, Discrimin
 
 STAGES = {"before the discriminator": 0, "with the discriminator": 6, "with the GAN": 8}  # and the epoch they start in
 STEPS, WARM = 5, 3
-DEMO_SIDE, DEMO_IMAGES = 64, 320
+DEMO_SIDE, DEMO_IMAGES = 64, 160
 DEMO = {
     "encoder": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": 64},
     "decoder": DecoderSettings(size="free"),
