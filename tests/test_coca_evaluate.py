@@ -151,6 +151,16 @@ def test_without_classes_there_is_no_diagnosis(world, captions, tmp_path):
     ]  # fmt: skip
 
 
+def test_one_patient_gives_scores_without_intervals(world, captions, tmp_path):
+    sides = pd.read_csv(world / "split/splits.csv", dtype=str)
+    sides.loc[sides["side"] == "test", "patient"] = "one"
+    sides.to_csv(tmp_path / "splits.csv", index=False)
+    made = run_evaluate(world, captions, tmp_path / "out", splits=tmp_path / "splits.csv")
+    assert not made["summary"] and set(made["left_out"].values()) == {"one patient: no interval"}
+    for one in (made["captions"]["bleu"], made["retrieval"]["mean"]["5"], made["diagnosis"]["accuracy"]):
+        assert one["ci95"] is None and one["value"] > 0
+
+
 def test_texts_that_are_cut_are_counted(world, captions, metrics, tmp_path):
     assert metrics["retrieval"]["cut_texts"] == 0
     made = run_evaluate(world, captions, tmp_path, max_seq_len=3)
