@@ -59,12 +59,17 @@ def test_the_class_that_a_text_names(text, wanted):
     assert evaluate.labels_of([text], CLASSES).tolist() == [number]
 
 
-def test_terms_of_two_classes_are_refused(world, captions, tmp_path):
-    evaluate.check_classes({"a": ["carcinoma"], "b": ["ductal carcinoma", "导管癌"], "c": ["癌"]})
+def test_terms_of_two_classes_are_refused_before_anything_is_read(world, captions, tmp_path):
     for classes in ({"a": ["tumour", "Mass"], "b": ["mass"]}, {"a": ["淋巴瘤"], "b": ["淋巴瘤"]}):
-        with pytest.raises(KilnError, match="term .* of a is also one of another class"):
+        with pytest.raises(KilnError, match="is a term of 'a' and of 'b'"):
             run_evaluate(world, captions, tmp_path, {"classes": classes})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_term_within_another_classs_term_is_of_the_longer_one():
+    classes = {"a": ["carcinoma"], "b": ["ductal carcinoma", "导管癌"], "c": ["癌"]}
+    found = evaluate.labels_of(["Ductal carcinoma", "carcinoma", "导管癌", "肺癌", "导管癌，肺癌"], classes)
+    assert found.tolist() == [1, 0, 1, 2, -1]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +77,11 @@ def test_terms_of_two_classes_are_refused(world, captions, tmp_path):
     [
         ({"ks": [0, 5]}, "expected distinct numbers from 1"),
         ({"ks": [5, 5]}, "expected distinct numbers from 1"),
-        ({"classes": {"a": ["x"]}}, "one class, a"),
-        ({"classes": {"a": ["x"], "b": []}}, "class b"),
-        ({"classes": {"a": ["x"], "b": [" "]}}, "class b"),
-        ({"classes": {"a": ["x"], "b": ["y"]}, "prompts": {"c": ["z"]}}, "prompts of c"),
+        ({"classes": {"a": ["x"]}}, "one class, 'a'"),
+        ({"classes": {"a": ["x"], "b": []}}, "class 'b' has no terms"),
+        ({"classes": {"a": ["x"], "b": [" "]}}, "class 'b' has an empty term"),
+        ({"classes": {"a": ["x"], "b": ["y"]}, "prompts": {"c": ["z"]}}, "prompts of 'c'"),
+        ({"classes": {"a": ["x"], "b": ["y"]}, "prompts": {"b": [""]}}, "class 'b' has no prompts"),
     ],
 )
 def test_settings_that_cannot_hold_are_refused(changes, message):
@@ -143,6 +149,16 @@ def test_without_classes_there_is_no_diagnosis(world, captions, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "meta.json", "metrics.json", "scores.png", "similarity.png",
     ]  # fmt: skip
+
+
+def test_one_patient_gives_scores_without_intervals(world, captions, tmp_path):
+    sides = pd.read_csv(world / "split/splits.csv", dtype=str)
+    sides.loc[sides["side"] == "test", "patient"] = "one"
+    sides.to_csv(tmp_path / "splits.csv", index=False)
+    made = run_evaluate(world, captions, tmp_path / "out", splits=tmp_path / "splits.csv")
+    assert not made["summary"] and set(made["left_out"].values()) == {"one patient: no interval"}
+    for one in (made["captions"]["bleu"], made["retrieval"]["mean"]["5"], made["diagnosis"]["accuracy"]):
+        assert one["ci95"] is None and one["value"] > 0
 
 
 def test_texts_that_are_cut_are_counted(world, captions, metrics, tmp_path):

@@ -33,21 +33,6 @@ class EvaluateStepSettings(Settings):
     max_seq_len: int = Field(512, gt=2, description="tokens of a text with its two marks")
 
 
-def check_classes(classes: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a term that two classes have.
-
-    Raises:
-        KilnError: a term that is not of its own class alone.
-    """
-    for name, terms in classes.items():
-        for term in terms:
-            if texts.class_of(term, classes) != name:
-                raise KilnError(
-                    f"coca.evaluate.classes: term {term!r} of {name} is also one of another class",
-                    "a text with it would be of both: write terms that tell the classes apart",
-                )
-
-
 def labels_of(strings: Sequence[str], classes: Mapping[str, Sequence[str]]) -> np.ndarray:
     """[N] number of each text's class, -1 where it names none, or several."""
     numbers = {name: number for number, name in enumerate(classes)}
@@ -213,7 +198,6 @@ def run(args: argparse.Namespace) -> None:
     """Score what `args` name."""
     values = step.read_settings(args)
     own = values.evaluate
-    check_classes(own.classes)
     accelerator = devices.make_accelerator(args.device, "fp32", step.threads(args))
     inputs = {name: getattr(args, name) for name in ("captions", "manifest", "splits", "checkpoint")}
     inputs |= {"latents": args.latents / "index.parquet"} | texts.identity(args.tokenizer)

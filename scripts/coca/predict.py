@@ -24,8 +24,8 @@ from scripts.coca import checkpoints, embedding, texts
 from scripts.coca.encode_slides import encode
 from scripts.coca.generation import greedy
 from scripts.coca.perceiver import Perceiver
-from scripts.coca.settings import CaptionSettings, EncoderSettings, ListSettings, TrainSettings
-from scripts.coca.slides import EXTENSIONS, SlideError, open_slide, read_tiles
+from scripts.coca.settings import EXTENSIONS, CaptionSettings, EncoderSettings, ListSettings, TrainSettings
+from scripts.coca.slides import SlideError, open_slide, read_tiles
 from scripts.common import artefacts, devices, progress, shards, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution

@@ -153,22 +153,33 @@ class EvaluateSettings(Settings):
     prompts: dict[str, list[str]] = Field({}, description="{class: prompts} of zero-shot; empty: the terms themselves")
 
     @model_validator(mode="after")
-    def _has_classes_to_tell_apart(self):
-        if min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
-            raise ValueError(f"ks {list(self.ks)}: expected distinct numbers from 1")
-        if len(self.classes) == 1:
-            raise ValueError(f"one class, {next(iter(self.classes))}: give two or more, or none")
-        for name, terms in (*self.classes.items(), *self.prompts.items()):
-            if not terms or not all(term.strip() for term in terms):
-                raise ValueError(f"class {name}: {terms}, expected texts that are not empty")
-        unknown = set(self.prompts) - set(self.classes)
-        if unknown:
-            raise ValueError(f"prompts of {min(unknown)}, which is none of the classes {', '.join(self.classes)}")
+    def _tells_classes_apart(self):
         seen: dict[str, str] = {}
         for name, terms in self.classes.items():
             for term in terms:
+                if not term.strip():
+                    raise ValueError(f"class {name!r} has an empty term")
                 if seen.setdefault(term.casefold(), name) != name:
                     raise ValueError(f"{term!r} is a term of {seen[term.casefold()]!r} and of {name!r}")
+            if not terms:
+                raise ValueError(f"class {name!r} has no terms")
+        if len(self.classes) == 1:
+            raise ValueError(f"one class, {next(iter(self.classes))!r}: give two or more, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_of_classes(self):
+        for name, prompts in self.prompts.items():
+            if name not in self.classes:
+                raise ValueError(f"prompts of {name!r}, which is none of the classes {', '.join(self.classes)}")
+            if not prompts or not all(one.strip() for one in prompts):
+                raise ValueError(f"class {name!r} has no prompts, or an empty one")
+        return self
+
+    @model_validator(mode="after")
+    def _cut_offs_are_counts(self):
+        if min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
+            raise ValueError(f"ks {list(self.ks)}: expected distinct numbers from 1")
         return self
 
 
