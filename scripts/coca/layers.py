@@ -65,8 +65,10 @@ class _GatedLinear(torch.autograd.Function):
             grad_weight = grad.flatten(0, -2).T @ (opened * x).flatten(0, -2)
         if wanted[0]:
             product = grad @ weight
-            by_gate = torch.ops.aten.silu_backward(product * x, gate)
-            grad_inner = torch.cat([product.mul_(opened), by_gate], dim=-1)
+            grad_inner = torch.empty_like(inner)
+            by_x, by_gate = grad_inner.chunk(2, dim=-1)  # written in place: a copy would cost as much as a product
+            by_x.copy_(product).mul_(opened)
+            torch.ops.aten.silu_backward.grad_input(product.mul_(x), gate, grad_input=by_gate)
         return grad_inner, grad_weight
 
 
@@ -97,15 +99,18 @@ class ParallelBlock(nn.Module):
         self.heads, self.dim_head = heads, dim_head
         self.norm = LayerNorm(dim)
         self.rotary_emb = RotaryEmbedding(dim_head)
-        self.parts = ((heads + 1) * dim_head, dim_head, 2 * ff_mult * dim)
+        self.parts = ((heads + 2) * dim_head, 2 * ff_mult * dim)
         self.fused_attn_ff_proj = nn.Linear(dim, sum(self.parts), bias=False)
         self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
         self.ff_out = nn.Sequential(nn.Identity(), nn.Linear(ff_mult * dim, dim, bias=False))
 
     def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and the key, turned, [B,L,heads+1,dim_head]; values [B,L,dim_head]; the input of the SwiGLU."""
-        turned, value, inner = self.fused_attn_ff_proj(self.norm(x)).split(self.parts, dim=-1)
-        return rotate(turned.unflatten(-1, (-1, self.dim_head)), rotary), value, inner
+        x = self.norm(x)
+        # the weight is split and not the product, whose gradient would have to be put together again
+        attention, inner = (linear(x, one) for one in self.fused_attn_ff_proj.weight.split(self.parts))
+        heads = attention.unflatten(-1, (-1, self.dim_head))
+        return rotate(heads[:, :, :-1], rotary), heads[:, :, -1], inner
 
     def _out(self, attended: Tensor, inner: Tensor) -> Tensor:
         return self.attn_out(attended) + gated_linear(inner, self.ff_out[1].weight)

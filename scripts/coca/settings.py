@@ -55,9 +55,7 @@ class EncoderSettings(Settings):
     transformer_depth: int = Field(6, gt=0, description="self-attention blocks after each, one stack for all")
     heads: int = Field(8, gt=0, description="of self-attention; cross-attention has one")
     mlp_ratio: int = Field(1, gt=0)
-    chunk_tiles: int = execution(
-        16_384, gt=0, description="tiles whose keys are made at a time, when nothing is trained"
-    )
+    chunk_tiles: int = execution(4096, gt=0, description="tiles that are looked at at a time, when nothing is trained")
 
     @property
     def is_frozen(self) -> bool:
