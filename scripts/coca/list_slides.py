@@ -14,8 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from scripts.coca import labels, slide_facts
-from scripts.coca.settings import ListSettings
-from scripts.coca.slides import EXTENSIONS
+from scripts.coca.settings import EXTENSIONS, ListSettings
 from scripts.common import artefacts, shards, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.settings import to_json

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from scripts.common.settings import Settings, execution
 
+EXTENSIONS = (".h5", ".hdf5")  # of slide files
+
 
 class ListSettings(Settings):
     """Which slides there are, and what is known of them."""
@@ -38,7 +40,7 @@ class SplitSettings(Settings):
 class TokenizerSettings(Settings):
     """Byte-level BPE on the training texts, or a tokenizer that exists."""
 
-    path: str | None = Field(None, description="folder of a Hugging Face tokenizer, used as it is")
+    path: str | None = Field(None, description="folder of a Hugging Face tokenizer; it gets the marks that it lacks")
     vocabulary: int = Field(8000, ge=260, description="greatest count of tokens, with 256 bytes and three marks")
 
 
@@ -147,6 +149,17 @@ class EvaluateSettings(Settings):
         {}, description="{class: terms}: a text is of the class whose term it holds; their texts also prompt zero-shot"
     )
     prompts: dict[str, list[str]] = Field({}, description="{class: prompts} of zero-shot; empty: the terms themselves")
+
+    @model_validator(mode="after")
+    def _each_term_is_of_one_class(self):
+        seen: dict[str, str] = {}
+        for name, terms in self.classes.items():
+            for term in terms:
+                if not term.strip():
+                    raise ValueError(f"class {name!r} has an empty term")
+                if seen.setdefault(term.casefold(), name) != name:
+                    raise ValueError(f"{term!r} is a term of {seen[term.casefold()]!r} and of {name!r}")
+        return self
 
 
 class CocaSettings(Settings):

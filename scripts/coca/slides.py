@@ -17,7 +17,6 @@ import numpy as np
 
 from scripts.common.errors import KilnError
 
-EXTENSIONS = (".h5", ".hdf5")
 DTYPES = ("float16", "float32")
 SLAB_BYTES = 16 * 2**20
 _HOPS = 16  # soft links that may lead to one data set
@@ -115,7 +114,7 @@ def _explain(path: Path, said: str) -> str:
     cut = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", said)
     if cut:
         return f"truncated: {cut[1]} of {cut[2]} bytes"
-    return f"damaged: {said}" if h5py.is_hdf5(path) else "no HDF5 file"
+    return f"unreadable: {said}" if h5py.is_hdf5(path) else "no HDF5 file"
 
 
 def _refuse_links(path: Path, file: h5py.File) -> None:

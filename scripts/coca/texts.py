@@ -21,7 +21,6 @@ class Texts:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # a mark that a text spells out is text
         self.pad_id, self.bos_id, self.eos_id = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -47,6 +46,7 @@ class Texts:
 
     def encode(self, text: str, max_len: int) -> tuple[list[int], bool]:
         """([bos, ..., eos] of at most `max_len` ids, whether text was cut off)."""
+        self._backend.encode_special_tokens = True  # a mark that a text spells out is text; not kept by pickle
         ids = self._backend.encode(text, add_special_tokens=False).ids
         kept = ids[: max_len - 2]
         return [self.bos_id, *kept, self.eos_id], len(kept) < len(ids)

@@ -74,7 +74,7 @@ def _mixture(own: int, rng: np.random.Generator) -> np.ndarray:
     """Shares of the lesion kinds, around `_OWN` for that of the diagnosis; the others have what is left."""
     centre = np.full(_KINDS, (1 - _OWN) / (_KINDS - 1))
     centre[own] = _OWN
-    return rng.dirichlet(8 * centre)
+    return rng.dirichlet(12 * centre)
 
 
 def write_report(case: Case, rng: np.random.Generator) -> str:
