@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from scripts.coca.latents import Latents
-from scripts.coca.slides import iterate_tiles, open_slide, read_tiles
+from scripts.coca.slides import SlideFile, iterate_tiles, open_slide, read_tiles
 from scripts.coca.split import read_splits
 from scripts.coca.texts import Texts
 from scripts.common import tables
@@ -68,6 +68,7 @@ class TileDraws:
         self.paths, self.keys = table["path"].to_list(), table["key"].to_list()
         self.tiles = table["tiles"].to_numpy(np.int64)
         self.dim = int(table["dim"].iloc[0])
+        self._opened: dict[int, SlideFile] = {}  # looked at once; each read checks that nothing changed
         self.sizes = self.tiles if limit is None else np.minimum(self.tiles, limit)
 
     def read(self, index: int, epoch: int) -> np.ndarray:
@@ -76,13 +77,10 @@ class TileDraws:
         Raises:
             KilnError: the slide is no longer what it was when it was listed.
         """
-        path, tiles = self.folder / self.paths[index], int(self.tiles[index])
-        slide = open_slide(path, (self.keys[index],))
-        if (slide.tiles, slide.dim) != (tiles, self.dim):
-            raise KilnError(
-                f"{path}: {slide.tiles} tiles of {slide.dim}; when it was listed, {tiles} of {self.dim}",
-                "run again: the folder is scanned anew, and what is done stays done",
-            )
+        tiles = int(self.tiles[index])
+        if index not in self._opened:
+            self._opened[index] = self._open(index)
+        slide = self._opened[index]
         if self.limit is None or tiles <= self.limit:
             return read_tiles(slide)
         generator = np.random.Generator(np.random.Philox(key=item_seed(self.seed, epoch, index)))
@@ -92,6 +90,16 @@ class TileDraws:
             parts.append(slab[rows[(rows >= start) & (rows < start + len(slab))] - start])
             start += len(slab)
         return np.concatenate(parts)
+
+    def _open(self, index: int) -> SlideFile:
+        path, tiles = self.folder / self.paths[index], int(self.tiles[index])
+        slide = open_slide(path, (self.keys[index],))
+        if (slide.tiles, slide.dim) != (tiles, self.dim):
+            raise KilnError(
+                f"{path}: {slide.tiles} tiles of {slide.dim}; when it was listed, {tiles} of {self.dim}",
+                "run again: the folder is scanned anew, and what is done stays done",
+            )
+        return slide
 
 
 class StoredLatents:

@@ -202,9 +202,7 @@ class Fit:
         values, per_epoch = self.values, self.steps_per_epoch
         total, warmup = values.epochs * per_epoch, round(values.warmup_epochs * per_epoch)
         peaks = (values.lr, self.at.step), (values.discriminator_lr, self.at.discriminator_step)
-        return tuple(
-            learning_rate(step, total, warmup, peak, min(values.final_lr, peak)) for peak, step in peaks
-        )
+        return tuple(learning_rate(step, total, warmup, peak, min(values.final_lr, peak)) for peak, step in peaks)
 
     def _step(self, images: torch.Tensor, indices: torch.Tensor) -> None:
         """An optimiser step of the decoder, and one of the discriminator where it is due.
