@@ -13,6 +13,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.multiprocessing
@@ -106,6 +107,10 @@ def trained(data) -> Path:
     """An undisturbed training."""
     train.main(training(data, data / "trained"))
     return data / "trained"
+
+
+def side_of(data: Path, side: str) -> pd.DataFrame:
+    return read_side(data / "list/manifest.parquet", split.read_splits(data / "split/splits.csv"), side)
 
 
 def history(out: Path) -> list[dict]:
@@ -338,7 +343,7 @@ def open_fit(data: Path, loss=losses.loss_terms, precision: str = "fp32", **chan
     values = TrainSettings(**SETTINGS["train"] | changes)
     sides = []
     for side in ("train", "validation"):
-        table = read_side(data / "list/manifest.parquet", data / "split/splits.csv", side)
+        table = side_of(data, side)
         images = TileDraws(data / "slides", table, values.tiles_per_slide, values.seed)
         sides.append(Pairs(images, table, Texts.load(data / "tokenizer"), values.max_seq_len))
     texts = Texts.load(data / "tokenizer")
@@ -387,7 +392,7 @@ def anew():
 
 
 def test_half_precision_passes_have_whole_gradients(data, anew):
-    """A pass without a graph must leave no half-precision copy of a weight to the next."""
+    """Autocast keeps copies of weights: those of the pass without a graph must not serve the next."""
     whole, cut = (first_step(open_fit(data, precision="bf16", clip_grad=0, **changes))
                   for changes in ({}, {"max_tiles": 70}))  # fmt: skip
     assert whole.keys() == cut.keys()
@@ -418,7 +423,7 @@ def test_the_loss_of_a_step_is_that_of_its_definition(data):
 
 
 def test_draws_of_tiles_follow_seed_epoch_and_slide(data):
-    table = read_side(data / "list/manifest.parquet", data / "split/splits.csv", "train")
+    table = side_of(data, "train")
     draws = TileDraws(data / "slides", table, 10, 3)
     index = int(np.argmax(table["tiles"]))
     whole = TileDraws(data / "slides", table, None, 3).read(index, 0)
@@ -432,7 +437,7 @@ def test_draws_of_tiles_follow_seed_epoch_and_slide(data):
 
 
 def test_a_slide_that_changed_stops_the_training(data, tmp_path):
-    table = read_side(data / "list/manifest.parquet", data / "split/splits.csv", "train")
+    table = side_of(data, "train")
     with h5py.File(tmp_path / table["path"][0], "w") as file:
         file[table["key"][0]] = np.zeros((3, DIM + 1), np.float16)
     pairs = Pairs(TileDraws(tmp_path, table, None, 0), table, Texts.load(data / "tokenizer"), 32)
@@ -597,3 +602,11 @@ def test_processes_that_cannot_share_a_batch_are_refused(data, tmp_path):
                           text=True, timeout=600)  # fmt: skip
     assert done.returncode and "coca.train.batch_size 13 over 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_splits_of_another_manifest_are_refused(data):
+    splits = pd.DataFrame({"slide": ["000", "elsewhere"], "side": ["train", "train"]})
+    with pytest.raises(KilnError, match="no slide elsewhere, which is on the train side"):
+        read_side(data / "list/manifest.parquet", splits, "train")
+    with pytest.raises(KilnError, match="no slide on the validation side"):
+        read_side(data / "list/manifest.parquet", splits, "validation")

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from scripts.coca.latents import Latents
 from scripts.coca.slides import SlideFile, iterate_tiles, open_slide, read_tiles
-from scripts.coca.split import read_splits
 from scripts.coca.texts import Texts
 from scripts.common import tables
 from scripts.common.artefacts import sha256_text
@@ -176,21 +175,23 @@ class Collate:
         )
 
 
-def read_side(manifest: Path, splits: Path, side: str) -> pd.DataFrame:
+def read_side(manifest: Path, splits: pd.DataFrame, side: str) -> pd.DataFrame:
     """The manifest's rows of a side, sorted by slide.
 
+    Args:
+        splits: columns slide and side.
+
     Raises:
-        KilnError: a table is unreadable, the side is empty, or one of its slides is not in the manifest.
+        KilnError: the manifest is unreadable, the side is empty, or one of its slides is not in the manifest.
     """
     table = tables.read_table(manifest, ["slide", "path", "tiles", "dim", "key", "patient", "text"])
-    wanted = read_splits(splits)
-    slides = wanted.loc[wanted["side"] == side, "slide"]
+    slides = splits.loc[splits["side"] == side, "slide"]
     unknown = sorted(set(slides) - set(table["slide"]))
     if unknown:
         raise KilnError(
-            f"{splits}: slide {unknown[0]} is not in {manifest} ({len(unknown)} in all)",
+            f"{manifest}: no slide {unknown[0]}, which is on the {side} side ({len(unknown)} in all)",
             "give the splits of this manifest",
         )
     if not len(slides):
-        raise KilnError(f"{splits}: no slide on the {side} side", "give splits.csv of rule coca_split")
+        raise KilnError(f"no slide on the {side} side", "give splits.csv of rule coca_split")
     return table[table["slide"].isin(slides)].sort_values("slide", ignore_index=True)

@@ -17,6 +17,7 @@ from scripts.coca import checkpoints, slide_model, texts
 from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws, read_side
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
+from scripts.coca.split import read_splits
 from scripts.coca.training import KS, Fit, check_batches
 from scripts.common import artefacts, devices, plots, preflight, step, trackers
 from scripts.common.errors import KilnError
@@ -151,9 +152,9 @@ def run(args: argparse.Namespace) -> None:
     inputs |= {"init_from": args.init_from} if args.init_from else {}
     record = step.record(args, "scripts.coca.train", values, inputs)
     tokens = texts.Texts.load(args.tokenizer)
-    sides = {}
+    sides, splits = {}, read_splits(args.splits)
     for side in SIDES:
-        table = read_side(args.manifest, args.splits, side)
+        table = read_side(args.manifest, splits, side)
         tile_dim = int(table["dim"].iloc[0])
         sides[side] = Pairs(open_images(args, values, table), table, tokens, own.max_seq_len)
         if sides[side].cut:

@@ -158,8 +158,6 @@ class Fit:
             yield unwrapped(batch).to(self.device)
 
     def _forward(self, batch: Batch, captions: bool):
-        # a context per pass: autocast keeps half-precision copies of weights, and those of a pass without a graph
-        # would have none in the next
         with self.accelerator.autocast():
             return self.model(batch.ids, batch.tiles, batch.mask, captions=captions)
 
