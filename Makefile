@@ -8,7 +8,7 @@ CORES ?= all
 TEST_PROCESSES ?= 2
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test lint format config dag doctor lock dvc clean-env clean-demo
+.PHONY: help install demo test test-long lint format config dag doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,8 +32,11 @@ demo: install ## every rule on embedded data; ends with the headline numbers
 	@$(BIN)/python -m scripts.report.headlines results/demo/summary.json
 	@echo "report: results/demo/report.html"
 
-test: install ## all tests that this machine can run
+test: install ## all tests that this machine can run, but for `make test-long`
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 20
+
+test-long: install ## the tests of a quarter of an hour and more, which `make test` leaves out
+	$(BIN)/python -m pytest --long tests/test_vase_three_seeds.py
 
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .

@@ -33,8 +33,15 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and say so.
+LONG = 15  # minutes from which a test runs on demand only
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help=f"run tests of {LONG} minutes and more, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and what is long; and say so.
 
     The slowest files come first, so that of several processes none ends long after the others: a slow test counts
     one minute, or those of `slow(minutes=...)`.
@@ -42,7 +49,11 @@ def pytest_collection_modifyitems(items):
     minutes: dict[Path, float] = {}
     for item in items:
         mark = item.get_closest_marker("slow")
-        minutes[item.path] = minutes.get(item.path, 0) + (mark.kwargs.get("minutes", 1) if mark else 0)
+        own = mark.kwargs.get("minutes", 1) if mark else 0
+        if own >= LONG and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason=f"takes {own} minutes: make test-long"))
+            own = 0
+        minutes[item.path] = minutes.get(item.path, 0) + own
     items.sort(key=lambda item: -minutes[item.path])
     marked = {name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "realdata")}
     reasons = {}
