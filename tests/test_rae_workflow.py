@@ -32,6 +32,7 @@ from rae_fixtures import (
 )
 from safetensors.torch import load_file
 
+from scripts.common import devices
 from scripts.common.errors import KilnError
 from scripts.rae import checkpoints, fid, latent_stats, train_autoencoder
 
@@ -61,6 +62,18 @@ def test_the_statistics_are_those_of_crops_and_their_mirror_images(data):
     mean, var = latent_stats.read_statistics(data / "siglip2.pt")
     np.testing.assert_allclose(mean, latents.mean(0), atol=1e-5)
     np.testing.assert_allclose(var, latents.var(0, unbiased=False), rtol=1e-3, atol=1e-6)
+
+
+def test_an_accelerator_forgets_the_one_before_it():
+    """Left in the midst of an accumulation, the next one's optimisers would skip their steps without a word."""
+    first = devices.make_accelerator("cpu", "bf16", 1)
+    first.gradient_state._set_sync_gradients(False)
+    second = devices.make_accelerator("cpu", "fp32", 1)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimiser = second.prepare(torch.optim.SGD([weight], lr=1.0))
+    second.backward(weight.sum())
+    optimiser.step()
+    assert weight.item() == 0 and second.mixed_precision == "no"
 
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip2"])

@@ -5,6 +5,7 @@ import re
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from scripts.common.errors import KilnError
 
@@ -31,6 +32,8 @@ def prepare(device: str, precision: str, threads: int, deterministic: bool = Fal
         if not torch.cuda.is_available():
             raise KilnError(f"--device {device}, but torch sees no GPU", "use --device auto, or run `make doctor`")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    else:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu and precision == "fp16":
         raise KilnError("precision fp16 on a CPU", "set precision to fp32 or bf16 there")
@@ -46,9 +49,12 @@ def prepare(device: str, precision: str, threads: int, deterministic: bool = Fal
 def make_accelerator(device: str, precision: str, threads: int, deterministic: bool = False) -> Accelerator:
     """The accelerator of this process; arguments and errors are those of `prepare`, `auto` precision excepted.
 
-    Half precisions are autocast, weights stay fp32.
+    Half precisions are autocast, weights stay fp32. What an earlier accelerator of the process left is forgotten: its
+    device, its precision, and whether it was in the midst of an accumulation, when optimisers skip their steps.
     """
     on_cpu = prepare(device, precision, threads, deterministic)
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[precision])
 
 
