@@ -21,8 +21,9 @@ with locks.writer_lock(pathlib.Path(sys.argv[1]), "scripts.vase.train"):
     time.sleep(60)
 """
 
-# Its forked child, like a data loader's worker, lives on for a while.
-FORKING = WRITER.replace("time.sleep(60)", "import os; os.fork(); time.sleep(3)")
+# Its forked child, like a data loader's worker, lives on for a while. It is the child that says when to go on:
+# until it runs, it holds all that its parent held.
+FORKING = WRITER.replace("print(", "import os; os.fork() or print(").replace("time.sleep(60)", "time.sleep(3)")
 
 
 @pytest.fixture
