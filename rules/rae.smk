@@ -336,6 +336,7 @@ rule rae_evaluate:
         floor=rules.rae_compute_reference_stats.output.floor,
         features=rules.rae_reconstruct.output.features,
         images=rules.rae_reconstruct.output.images,
+        dataset=rules.rae_build_arrow.output.summary,
     output:
         metrics=f"{RAE}/evaluate/{{encoder}}/metrics.json",
         meta=f"{RAE}/evaluate/{{encoder}}/meta.json",
@@ -354,6 +355,7 @@ rule rae_evaluate:
         step=outside(STEP),
         reference=subpath(input.reference, parent=True),
         reconstructions=subpath(input.features, parent=True),
+        settings=numerics(perceptual="rae.perceptual"),
         code=code_key("scripts.rae.scores"),
     message:
         "Score the reconstructions by {wildcards.encoder}"
@@ -362,7 +364,9 @@ rule rae_evaluate:
         " --name {wildcards.encoder}"
         " --reference {params.reference:q}"
         " --reconstructions {params.reconstructions:q}"
+        " --dataset-summary {input.dataset:q}"
         " --output {output.metrics:q}"
+        " --settings {params.settings:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -534,6 +538,7 @@ use rule rae_evaluate as rae_score_published with:
         floor=rules.rae_compute_reference_stats.output.floor,
         features=rules.rae_reconstruct_published.output.features,
         images=rules.rae_reconstruct_published.output.images,
+        dataset=rules.rae_build_arrow.output.summary,
     output:
         metrics=f"{RAE}/evaluate_published/{{encoder}}/metrics.json",
         meta=f"{RAE}/evaluate_published/{{encoder}}/meta.json",

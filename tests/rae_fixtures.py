@@ -125,6 +125,7 @@ def scored(data: Path, name: str, folder: Path, out: Path, **changes) -> dict:
     )  # fmt: skip
     evaluate.main(
         ["--name", name, "--reference", str(out / "reference"), "--reconstructions", str(out / "reconstruct"),
+         "--settings", json.dumps({"perceptual": PERCEPTUAL}), "--dataset-summary", str(data / "arrow/summary.json"),
          "--output", str(out / "metrics.json"), "--meta", str(out / "3.json")]
     )  # fmt: skip
     return json.loads((out / "metrics.json").read_text())

@@ -830,8 +830,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 def test_splits_of_another_manifest_are_refused(tmp_path):
     tokenizer(tmp_path)
     (tmp_path / "splits.csv").write_text("slide,patient,side\nelse,p,train\n")
-    with pytest.raises(KilnError, match="else is not in"):
-        train_tokenizer.training_texts(tmp_path / "manifest.parquet", tmp_path / "splits.csv")
+    with pytest.raises(KilnError, match=r"no slide .* slides are in one table alone"):
+        train_tokenizer.main(
+            ["--manifest", str(tmp_path / "manifest.parquet"), "--splits", str(tmp_path / "splits.csv"),
+             "--output-folder", str(tmp_path / "other"), "--meta", str(tmp_path / "other.json"), "--threads", "1"]
+        )  # fmt: skip
+    assert not (tmp_path / "other").exists()
 
 
 # --- the class of a text ---

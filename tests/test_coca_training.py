@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -30,13 +29,14 @@ from scripts.coca import (
     encode_slides,
     list_slides,
     losses,
+    sides,
     slide_model,
     split,
     train,
     train_tokenizer,
 )
 from scripts.coca.batches import Budget, Lengths
-from scripts.coca.pairs import Collate, Pairs, TileDraws, read_side
+from scripts.coca.pairs import Collate, Pairs, TileDraws
 from scripts.coca.perceiver import Perceiver
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.texts import Texts
@@ -110,7 +110,8 @@ def trained(data) -> Path:
 
 
 def side_of(data: Path, side: str) -> pd.DataFrame:
-    return read_side(data / "list/manifest.parquet", split.read_splits(data / "split/splits.csv"), side)
+    columns = ("path", "tiles", "dim", "key")
+    return sides.only(sides.read(data / "list/manifest.parquet", data / "split/splits.csv", columns), side)
 
 
 def history(out: Path) -> list[dict]:
@@ -555,28 +556,46 @@ def test_on_the_latents_of_a_frozen_encoder(data, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+KILLED = """
+import os, signal, sys
+from scripts.coca import train
+from scripts.common import training_state
+
+at, inside = int(sys.argv[1]), sys.argv[2] == "inside"
+save, write = training_state.TrainingState.save, training_state._save_synced
+now = []
+
+def killed_before(self, step, payload):
+    if step == at and not inside:
+        os.kill(os.getpid(), signal.SIGKILL)
+    now[:] = [step]
+    save(self, step, payload)
+
+def killed_inside(value, path):
+    write(value, path)
+    if now == [at] and inside:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+training_state.TrainingState.save, training_state._save_synced = killed_before, killed_inside
+train.main(sys.argv[3:])
+"""
+
+
 @pytest.mark.slow(minutes=2)
-def test_killed_at_any_moment_and_in_a_save_it_ends_with_the_same_bytes(data, trained, tmp_path):
+def test_killed_at_any_step_and_in_a_save_it_ends_with_the_same_bytes(data, trained, tmp_path):
+    """SIGKILL after a step, and when the first file of a save is written, at four seeded steps; every step saves."""
     out, state = tmp_path / "out", tmp_path / "out.state"
-    command = [sys.executable, "-m", "scripts.coca.train", *training(data, out), "--settings",
-               '{"train": {"save_minutes": 0}}']  # fmt: skip
-    rng, kills, last = random.Random(0), 0, -1
-
-    def due() -> bool:
-        steps = [int(p.name.split("-")[1][:9]) for p in state.glob("*/step-*") if p.suffix != ".partial"]
-        return bool(steps) and max(steps) > last + 2 and (kills % 2 == 0 or any(state.glob("*/*.partial")))
-
-    while not (out / "meta.json").exists():
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-        while kills < 4 and process.poll() is None:
-            if due():
-                if kills % 2 == 0:
-                    time.sleep(rng.uniform(0, 0.2))
-                os.killpg(process.pid, signal.SIGKILL)
-                kills += process.wait() == -signal.SIGKILL
-                last = max(int(p.name.split("-")[1][:9]) for p in state.glob("*/step-*"))
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert kills  # four, unless the machine is so busy that the training ends before it is caught in a save
+    options = [*training(data, out), "--settings", '{"train": {"save_minutes": 0}}']
+    steps = json.loads((trained / "metrics.json").read_text())["steps"]
+    for number, at in enumerate(sorted(random.Random(0).sample(range(2, steps), 4))):
+        where = ("between", "inside")[number % 2]
+        done = subprocess.run([sys.executable, "-c", KILLED, str(at), where, *options], cwd=ROOT, capture_output=True,
+                              text=True, timeout=600)  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        assert bool(list(state.glob("*/*.partial"))) == (where == "inside") and not (out / "meta.json").exists()
+    done = subprocess.run([sys.executable, "-m", "scripts.coca.train", *options], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0 and f"resumed from {state}" in done.stderr, done.stderr[-3000:]
     for name in RESULTS:
         assert (out / name).read_bytes() == (trained / name).read_bytes(), name
     assert not state.exists()
@@ -604,9 +623,17 @@ def test_processes_that_cannot_share_a_batch_are_refused(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_splits_of_another_manifest_are_refused(data):
-    splits = pd.DataFrame({"slide": ["000", "elsewhere"], "side": ["train", "train"]})
-    with pytest.raises(KilnError, match="no slide elsewhere, which is on the train side"):
-        read_side(data / "list/manifest.parquet", splits, "train")
+def test_splits_of_another_manifest_are_refused(data, tmp_path):
+    manifest, splits = data / "list/manifest.parquet", pd.read_csv(data / "split/splits.csv", dtype=str)
+    for name, frame in (
+        ("more", pd.concat([splits, splits[:1].assign(slide="elsewhere")])),
+        ("fewer", splits[splits["slide"] != "000"]),
+        ("train", splits.assign(side="train")),
+    ):
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    with pytest.raises(KilnError, match="manifest.parquet: no slide elsewhere"):
+        sides.read(manifest, tmp_path / "more.csv")
+    with pytest.raises(KilnError, match="fewer.csv: no slide 000"):
+        sides.read(manifest, tmp_path / "fewer.csv")
     with pytest.raises(KilnError, match="no slide on the validation side"):
-        read_side(data / "list/manifest.parquet", splits, "validation")
+        sides.only(sides.read(manifest, tmp_path / "train.csv"), "validation")

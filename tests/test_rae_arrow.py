@@ -19,7 +19,7 @@ from vase_fixtures import ROOT, error_of, files_below, picture
 
 from scripts.common.errors import KilnError
 from scripts.common.images import ImageError
-from scripts.rae import arrow, build_arrow
+from scripts.rae import arrow, build_arrow, sources
 
 CLASSES = ["n01440764", "n01443537", "n02085620"]
 
@@ -198,13 +198,13 @@ def test_without_a_validation_folder_a_share_of_each_class_is_cut_from_train(tmp
 )
 def test_one_more_image_moves_at_most_one_other_of_its_class(sizes, share, seed, new):
     pictures = [arrow.Picture("", f"{label}/{i}", label, 1) for label, n in enumerate(sizes) for i in range(n)]
-    train, validation = build_arrow.cut_validation(pictures, share, seed)
+    train, validation = sources.cut_validation(pictures, share, seed)
     assert sorted(train + validation) == sorted(pictures)
     for label, n in enumerate(sizes):
         held = sum(picture.label == label for picture in validation)
         assert held == 0 if n == 1 else 1 <= held <= n - 1 and abs(held - (1 - share) * n) <= 1
     added = arrow.Picture("", f"0/{new}", 0, 1)
-    _, after = build_arrow.cut_validation([added, *pictures], share, seed)
+    _, after = sources.cut_validation([added, *pictures], share, seed)
     moved = set(after).symmetric_difference(validation) - {added}
     assert len(moved) <= 1 and all(picture.label == 0 for picture in moved)
 

@@ -89,6 +89,8 @@ def test_from_folders_to_scores(data, trained, tmp_path, name):
     summary = {metric.removeprefix(f"{name}_"): one for metric, one in made["summary"].items()}
     assert set(summary) == {"psnr", "ssim", "lpips", "rfid"} and all(one["n"] == 20 for one in summary.values())
     assert (summary["psnr"]["baseline_kind"], summary["rfid"]["baseline_kind"]) == ("constant", "shrunk_input")
+    assert summary["rfid"]["label"] == summary["lpips"]["label"] == "random features, not comparable"
+    assert (summary["rfid"]["extractor"], len(summary["rfid"]["weights"])) == ("kiln-random", 64)
     low, high = summary["rfid"]["ci95"]
     assert 0 <= low < summary["rfid"]["value"] < high and summary["rfid"]["groups"] == 10
     assert summary["rfid"]["trivial"] > 0 and 5 < summary["psnr"]["trivial"] < 40

@@ -17,9 +17,10 @@ import pandas as pd
 
 from scripts.busi import published
 from scripts.busi.settings import ConversationSettings
-from scripts.busi.split import SIDES, check_classes, deal, read_splits, unit
+from scripts.busi.split import SIDES, check_classes, deal, read_splits
 from scripts.common import artefacts, step, tables
 from scripts.common.errors import KilnError
+from scripts.common.hashed import unit
 
 
 def from_ours(file: Path, listed: pd.DataFrame, classes: Sequence[str], values: ConversationSettings) -> pd.DataFrame:

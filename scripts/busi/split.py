@@ -18,17 +18,13 @@ from scipy.sparse import block_array, diags_array, eye_array, kron, vstack
 from scripts.busi.settings import SplitSettings
 from scripts.common import artefacts, step, tables
 from scripts.common.errors import KilnError
+from scripts.common.hashed import unit
 
 SIDES = ("train", "validation", "test")
 COLUMNS = ("path", "label", "group", "conflict", "sha256", "side")
 LIMIT = 0.02  # how far the shares of a side may be off, where groups allow
 LEFT_OUT = {"drop": "dropped", "quarantine": "quarantined"}
 _NODES = 500  # of the search; it ends much earlier but for hundreds of different kinds of group
-
-
-def unit(seed: int, *names: str) -> float:
-    """A number in [0, 1) that depends on its arguments alone."""
-    return int(artefacts.sha256_text(str(seed), *names)[:13], 16) / 16**13
 
 
 def deal(groups: pd.Series, labels: pd.Series, shares: Mapping[str, float], seed: int) -> pd.Series:

@@ -203,9 +203,7 @@ def run(args: argparse.Namespace) -> None:
     inputs |= {"latents": args.latents / "index.parquet"} | texts.identity(args.tokenizer)
     record = step.record(args, "scripts.coca.evaluate", values, inputs)
     slides = sides.read(args.manifest, args.splits, TRIVIAL)
-    train, test = (slides[slides["side"] == side].reset_index(drop=True) for side in ("train", "test"))
-    if test.empty or train.empty:
-        raise KilnError(f"{args.splits}: {len(train)} train and {len(test)} test slides", "run coca_split again")
+    train, test = (sides.only(slides, side) for side in ("train", "test"))
     captions = read_captions(args.captions, test)
     strings, patients = test["text"].to_list(), test["patient"].to_numpy()
 

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from scripts.coca.latents import Latents
 from scripts.coca.slides import SlideFile, iterate_tiles, open_slide, read_tiles
 from scripts.coca.texts import Texts
-from scripts.common import tables
 from scripts.common.artefacts import sha256_text
 from scripts.common.data_order import item_seed
 from scripts.common.errors import KilnError
@@ -173,25 +172,3 @@ class Collate:
             mask,
             pad_sequence([item.ids for item in items], batch_first=True, padding_value=self.pad_id),
         )
-
-
-def read_side(manifest: Path, splits: pd.DataFrame, side: str) -> pd.DataFrame:
-    """The manifest's rows of a side, sorted by slide.
-
-    Args:
-        splits: columns slide and side.
-
-    Raises:
-        KilnError: the manifest is unreadable, the side is empty, or one of its slides is not in the manifest.
-    """
-    table = tables.read_table(manifest, ["slide", "path", "tiles", "dim", "key", "patient", "text"])
-    slides = splits.loc[splits["side"] == side, "slide"]
-    unknown = sorted(set(slides) - set(table["slide"]))
-    if unknown:
-        raise KilnError(
-            f"{manifest}: no slide {unknown[0]}, which is on the {side} side ({len(unknown)} in all)",
-            "give the splits of this manifest",
-        )
-    if not len(slides):
-        raise KilnError(f"no slide on the {side} side", "give splits.csv of rule coca_split")
-    return table[table["slide"].isin(slides)].sort_values("slide", ignore_index=True)

@@ -26,3 +26,15 @@ def read(manifest: Path, splits: Path, columns: Sequence[str] = ()) -> pd.DataFr
             "manifest and splits are not of one run: run coca_split again",
         )
     return slides.merge(sides, on="slide", validate="one_to_one").sort_values("slide", ignore_index=True)
+
+
+def only(slides: pd.DataFrame, side: str) -> pd.DataFrame:
+    """The rows of one side.
+
+    Raises:
+        KilnError: there are none.
+    """
+    chosen = slides[slides["side"] == side].reset_index(drop=True)
+    if chosen.empty:
+        raise KilnError(f"no slide on the {side} side", "give splits.csv of rule coca_split")
+    return chosen

@@ -14,14 +14,10 @@ import pandas as pd
 from scripts.coca.settings import SplitSettings
 from scripts.common import artefacts, step, tables
 from scripts.common.errors import KilnError
+from scripts.common.hashed import unit
 
 SIDES = ("train", "validation", "test")
 COLUMNS = ("slide", "patient", "side")
-
-
-def unit(seed: int, name: str) -> float:
-    """A number in [0, 1) that depends on its arguments alone."""
-    return int(artefacts.sha256_text(str(seed), name)[:13], 16) / 16**13
 
 
 def side_of(patient: str, values: SplitSettings) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scripts.coca import checkpoints, slide_model, texts
-from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws, read_side
+from scripts.coca import checkpoints, sides, slide_model, texts
+from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
-from scripts.coca.split import read_splits
 from scripts.coca.training import KS, Fit, check_batches
 from scripts.common import artefacts, devices, plots, preflight, step, trackers
 from scripts.common.errors import KilnError
@@ -152,16 +151,17 @@ def run(args: argparse.Namespace) -> None:
     inputs |= {"init_from": args.init_from} if args.init_from else {}
     record = step.record(args, "scripts.coca.train", values, inputs)
     tokens = texts.Texts.load(args.tokenizer)
-    sides, splits = {}, read_splits(args.splits)
+    slides = sides.read(args.manifest, args.splits, ("path", "tiles", "dim", "key"))
+    pairs = {}
     for side in SIDES:
-        table = read_side(args.manifest, splits, side)
+        table = sides.only(slides, side)
         tile_dim = int(table["dim"].iloc[0])
-        sides[side] = Pairs(open_images(args, values, table), table, tokens, own.max_seq_len)
-        if sides[side].cut:
-            step.log.warning("%d of %d %s texts are cut to %d tokens", sides[side].cut, len(table), side,
+        pairs[side] = Pairs(open_images(args, values, table), table, tokens, own.max_seq_len)
+        if pairs[side].cut:
+            step.log.warning("%d of %d %s texts are cut to %d tokens", pairs[side].cut, len(table), side,
                              own.max_seq_len)  # fmt: skip
-    check_batches(sides["train"], sides["validation"], own, accelerator.num_processes)
-    images, shape = sides["train"].images, slide_model.encoder_shape(values.encoder)
+    check_batches(pairs["train"], pairs["validation"], own, accelerator.num_processes)
+    images, shape = pairs["train"].images, slide_model.encoder_shape(values.encoder)
     frozen_sha256 = images.latents.encoder_sha256 if args.latents else None
     facts = checkpoints.Facts(
         tile_dim, shape, values.model.model_dump(), tokens.size, tokens.pad_id, checkpoints.identity(args.tokenizer),
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.init_from:
         start_from(model, args.init_from, facts, args.tokenizer)
-    fit = Fit(model, sides["train"], sides["validation"], own, accelerator, own.workers)
+    fit = Fit(model, pairs["train"], pairs["validation"], own, accelerator, own.workers)
     check_room(fit, args.state_folder)
 
     def keep(path: Path, steps: int, epochs: int) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from scripts.coca import sides
 from scripts.coca.settings import TokenizerSettings
-from scripts.coca.split import read_splits
 from scripts.coca.texts import Texts
-from scripts.common import artefacts, step, tables
+from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 
 MARKS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     if values.path and (Path(values.path) / "tokenizer.json").is_file():
         inputs["tokenizer"] = Path(values.path) / "tokenizer.json"
     record = step.record(args, "scripts.coca.train_tokenizer", values, inputs)
-    corpus = training_texts(args.manifest, args.splits)
+    corpus = sides.only(sides.read(args.manifest, args.splits), "train")["text"].tolist()
     tokenizer = copy(Path(values.path)) if values.path else learn(corpus, values.vocabulary)
     with artefacts.atomic_folder(args.output_folder) as temporary:
         tokenizer.save_pretrained(temporary)
@@ -122,20 +122,6 @@ def run(args: argparse.Namespace) -> None:
             facts["first_changed"],
         )
     record.write(args.meta, [args.output_folder / name for name in [*names, "files.json"]], items=len(corpus))
-
-
-def training_texts(manifest: Path, splits: Path) -> list[str]:
-    """Texts of the train side, by slide.
-
-    Raises:
-        KilnError: a slide of the splits is not in the manifest.
-    """
-    sides = read_splits(splits)
-    frame = sides.merge(tables.read_table(manifest, ["slide", "text"]), on="slide", how="left")
-    lost = frame.loc[frame["text"].isna(), "slide"]
-    if len(lost):
-        raise KilnError(f"{splits}: {lost.iloc[0]} is not in {manifest}", "make it anew by rule coca_split")
-    return frame[frame["side"] == "train"].sort_values("slide")["text"].tolist()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from scripts.common import artefacts, cards, step
 from scripts.common.errors import KilnError
 from scripts.rae import exports
+from scripts.rae.settings import CUT_FROM_TRAIN
 
 NAMES = {"rfid": "rFID", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 INTENDED_USE = (
@@ -128,7 +129,7 @@ def data_text(dataset: Mapping[str, Any]) -> str:
     bad = sum(one.get("quarantined", 0) for one in (train, held))
     origin = (
         "**cut from the training images**, as there is no validation split of its own"
-        if dataset["validation"] == "cut from train"
+        if dataset["validation"] == CUT_FROM_TRAIN
         else "a split of its own"
     )
     return (

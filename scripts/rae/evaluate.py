@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rule.add_argument("--name", help="the encoder's name in the configuration")
     rule.add_argument("--reference", type=Path, help="folder of rule rae_compute_reference_stats")
     rule.add_argument("--reconstructions", type=Path, help="folder of rule rae_reconstruct")
+    rule.add_argument("--dataset-summary", type=Path, help="summary.json of rule rae_build_arrow")
     rule.add_argument("--output", type=Path, help="metrics.json")
     args = made.parse_args(argv)
     if (args.checkpoint is None) == (args.reference is None):
@@ -72,8 +73,11 @@ def score_steps(args: argparse.Namespace) -> None:
     """Score the results of finished steps."""
     inputs = {name: args.reference / name for name in scores.REFERENCE_FILES}
     inputs |= {name: args.reconstructions / name for name in scores.RECONSTRUCTION_FILES}
-    record = step.record(args, "scripts.rae.evaluate", None, inputs)
-    metrics = scores.score(args.reference, args.reconstructions, args.name)
+    inputs |= {"dataset": args.dataset_summary} if args.dataset_summary else {}
+    values = step.read_settings(args)
+    record = step.record(args, "scripts.rae.evaluate", values, inputs)
+    validation = artefacts.read_json(args.dataset_summary)["validation"] if args.dataset_summary else None
+    metrics = scores.score(args.reference, args.reconstructions, args.name, values.perceptual, validation)
     artefacts.write_json(args.output, metrics)
     report(metrics)
     record.write(step.meta_beside(args, args.output), [args.output], items=metrics["features"]["n"])
@@ -113,7 +117,7 @@ def score_checkpoint(args: argparse.Namespace) -> None:
         compute_reference_stats.compute(split, own, extractor, accelerator, work / "originals", key, reference)
     reconstruct.compute(split, own, autoencoder, lpips, extractor, accelerator, work / "parts", key, made)
     if first:
-        metrics = scores.score(reference, made, facts.encoder)
+        metrics = scores.score(reference, made, facts.encoder, values.perceptual)
         artefacts.write_json(out / "metrics.json", metrics)
         outputs = [out / name for name in ("metrics.json", "images.parquet", "reconstructions.png")]
         for path in outputs[1:]:

@@ -14,6 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from scripts.common.errors import KilnError
 
 INCEPTION, RANDOM = "inception-v3-compat", "kiln-random"
+RANDOM_LABEL = "random features, not comparable"
 # weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 RANDOM_WIDTHS, RANDOM_SEED = (16, 16, 32), 0
@@ -111,7 +112,7 @@ def load_extractor(
             raise KilnError(f"{weights}: {RANDOM} draws its own weights", f"leave the file out, or use {INCEPTION}")
         model = RandomFeatures(name, ["64"], feature_extractor_internal_dtype=dtype)
         drawn = b"".join(layer.weight.detach().float().numpy().tobytes() for layer in model.layers)
-        return Extractor(model, hashlib.sha256(drawn).hexdigest(), "random features, not comparable", device)
+        return Extractor(model, hashlib.sha256(drawn).hexdigest(), RANDOM_LABEL, device)
     if name != INCEPTION:
         raise KilnError(f"unknown feature extractor {name!r}", f"use {INCEPTION} or {RANDOM}")
     if weights is None:

@@ -8,19 +8,28 @@ import pandas as pd
 from scripts.common import artefacts, statistics, tables
 from scripts.common.errors import KilnError
 from scripts.rae import fid
+from scripts.rae.extractors import RANDOM_LABEL
 from scripts.rae.quality import COLUMNS, HIGHER_IS_BETTER
+from scripts.rae.settings import CUT_FROM_TRAIN, PerceptualSettings
 
 REFERENCE_FILES = ("reference.safetensors", "shrunk.safetensors", "colour.safetensors", "floor.json")
 RECONSTRUCTION_FILES = ("features.safetensors", "images.parquet")
 
 
-def score(reference: Path, reconstructions: Path, name: str) -> dict:
+CUT = "validation is a share cut from train, not a split of its own"
+
+
+def score(
+    reference: Path, reconstructions: Path, name: str, perceptual: PerceptualSettings, validation: str | None = None
+) -> dict:
     """metrics.json: {summary, warnings, features}.
 
     Args:
         reference: folder that rule rae_compute_reference_stats wrote.
         reconstructions: folder that rule rae_reconstruct wrote.
         name: the encoder's, in front of each metric's own.
+        perceptual: what LPIPS was taken with; a random backbone is said beside it.
+        validation: where the pictures come from, as the dataset's summary says; None: not known.
 
     Raises:
         KilnError: a file is missing or damaged, or the two folders are not of the same images.
@@ -41,11 +50,13 @@ def score(reference: Path, reconstructions: Path, name: str) -> dict:
         "baseline": floor["constant_psnr"], "baseline_kind": "constant", "trivial": floor["colour_psnr"]
     }  # fmt: skip
     made["rfid"] = rfid(originals, features, reference)
+    if perceptual.backbone is not None:
+        made["lpips"]["label"] = RANDOM_LABEL
     whole = [fid.merge(side) for side in (originals, features)]
     origin = whole[0].origin
     return {
         "summary": {f"{name}_{metric}": one for metric, one in made.items()},
-        "warnings": fid.warnings(*whole),
+        "warnings": fid.warnings(*whole) + [CUT] * (validation == CUT_FROM_TRAIN),
         "features": {
             "extractor": origin.extractor, "weights": origin.weights, "reference_images": origin.images,
             "preprocessing": origin.preprocessing, "split": origin.split, "n": counts[1],
@@ -76,6 +87,8 @@ def rfid(originals: list[fid.FeatureStatistics], features: list[fid.FeatureStati
     copies = fid.load_groups(reference / "shrunk.safetensors")
     bound, bounds_left_out = fid.distance_with_leave_outs(originals, copies, "shrunk copies")
     colours = fid.merge(fid.load_groups(reference / "colour.safetensors"))
+    origin = originals[0].origin
+    label = {"label": origin.label} if origin.label else {}
     error, interval = statistics.jackknife_interval(value, left_out, least=0)
     _, of_difference = statistics.jackknife_interval(value - bound, np.subtract(left_out, bounds_left_out))
     return statistics.metric(
@@ -83,4 +96,5 @@ def rfid(originals: list[fid.FeatureStatistics], features: list[fid.FeatureStati
         trivial=fid.frechet_distance(fid.merge(originals), colours), interval_of="delete-a-group jackknife",
         groups=len(features), standard_error=error,
         difference={"value": value - bound, "ci95": list(of_difference)},
+        extractor=origin.extractor, weights=origin.weights, **label,
     )  # fmt: skip

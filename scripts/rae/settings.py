@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 
+CUT_FROM_TRAIN = "cut from train"  # what a dataset's summary calls a validation split of that origin
 VALIDATION = ("validation", "val")  # what the split is called, unless `validation_split` says so
 
 

@@ -189,7 +189,8 @@ def write(args, values: TrainAutoencoderSettings, fit: Fit, mean: torch.Tensor, 
     folder, history = args.output_folder, fit.at.history
     epochs = list(range(1, len(history) + 1))
     lines = {}
-    for name, label in (("l1", "L1"), ("lpips", "LPIPS"), ("discriminator", "discriminator (hinge)")):
+    lpips = "LPIPS" if values.perceptual.backbone is None else "LPIPS (random features)"
+    for name, label in (("l1", "L1"), ("lpips", lpips), ("discriminator", "discriminator (hinge)")):
         known = [(epoch, row[name]) for epoch, row in zip(epochs, history, strict=True) if name in row]
         if known:
             lines[label] = tuple(zip(*known, strict=True))

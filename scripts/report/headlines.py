@@ -17,7 +17,7 @@ def headline(pipeline: str, name: str, one: dict) -> str:
         line += f"  {one['baseline_kind'].replace('_', ' ')}: {one['baseline']:.3f}"
     if one.get("trivial") is not None:
         line += f"  trivial features: {one['trivial']:.3f}"
-    return line
+    return f"{line}  ({one['label']})" if one.get("label") else line
 
 
 def headlines(summary: dict) -> list[str]:
