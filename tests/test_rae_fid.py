@@ -337,13 +337,13 @@ def test_parts_deal_every_row_to_its_group_whatever_the_processes(items, per_par
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
 
-        def build(part, file):
+        def build(part, _, file):
             assert file not in rows and 0 < len(part) <= per_part
             rows[file] = list(part)
 
         for index in reversed(range(processes)):
             with parts.built(
-                Path(folder), "key", items, per_part, build, OneOf(index, processes), "a test", groups
+                Path(folder), "key", items, per_part, iter, build, OneOf(index, processes), "a test", groups
             ) as files:
                 pass
     assert set(files) == set(rows)

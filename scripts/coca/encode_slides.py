@@ -7,6 +7,7 @@ ends with the same bytes. Under torchrun each process takes every n-th shard.
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -156,16 +157,21 @@ def run(args: argparse.Namespace) -> None:
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
     slides = Slides(args.slides, table)
 
-    def build(rows: range, file: Path) -> None:
+    def read(shards: list[range]) -> Iterator[Iterator]:
+        rows = list(itertools.chain.from_iterable(shards))
         workers = min(own.workers, len(rows))
         loader = DataLoader(
             slides, batch_size=None, sampler=rows, num_workers=workers, prefetch_factor=1 if workers else None
         )
-        found = (encode(unwrapped(tiles), encoder, values.encoder.chunk_tiles, accelerator) for tiles in loader)
+        every = iter(loader)
+        return (itertools.islice(every, len(shard)) for shard in shards)
+
+    def build(rows: range, read_tiles: Iterator, file: Path) -> None:
+        found = (encode(unwrapped(tiles), encoder, values.encoder.chunk_tiles, accelerator) for tiles in read_tiles)
         write_shard(file, zip(table["slide"].iloc[rows], found, strict=True), len(rows), own.dtype)
 
     with parts.built(
-        args.state_folder, key, len(table), own.slides_per_shard, build, accelerator, "latents", suffix=".npy"
+        args.state_folder, key, len(table), own.slides_per_shard, read, build, accelerator, "latents", suffix=".npy"
     ) as files:
         if first:
             outputs = publish(args.output_folder, files, table, own, encoder, sha256)

@@ -2,11 +2,14 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from scripts.common import progress
 from scripts.common.locks import writer_lock
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -15,7 +18,8 @@ def built(
     key: str,
     items: int,
     per_part: int,
-    build: Callable[[range, Path], None],
+    read: Callable[[list[range]], Iterable[T]],
+    build: Callable[[range, T, Path], None],
     accelerator,
     name: str,
     groups: int = 1,
@@ -26,7 +30,9 @@ def built(
     Args:
         state: folder of this step's states; parts lie below it in `key`, which must name all that decides them.
         items, per_part: rows in all and of each part; the last ones may have fewer.
-        build: (rows, file) writes `file` whole or not at all, and last.
+        read: (rows of each part that is still to be built) -> what to build each of, in turn; called once, so that
+            reading goes on from part to part.
+        build: (rows, what was read, file) writes `file` whole or not at all, and last.
         groups: rows are dealt to so many groups, row r to group r modulo `groups`, and part p is of group p modulo
             `groups`; with one group, a part's rows are consecutive.
         suffix: ending of the parts' files.
@@ -39,8 +45,11 @@ def built(
     with writer_lock(folder, owner=name) if first else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         own = range(accelerator.process_index, len(rows), accelerator.num_processes)
-        for number in progress.bar([n for n in own if not files[n].is_file()], f"parts of {name}"):
-            build(rows[number], files[number])
+        missing = [number for number in own if not files[number].is_file()]
+        given = read([rows[number] for number in missing])
+        found = zip(missing, given, strict=True)
+        for number, one in progress.bar(found, f"parts of {name}", total=len(missing)):
+            build(rows[number], one, files[number])
         accelerator.wait_for_everyone()
         yield files
     if first:

@@ -69,12 +69,14 @@ def run(args: argparse.Namespace) -> None:
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
 
-    def build(part: range, file: Path) -> None:
-        images = pictures.batches(crops, part, own.batch_size, own.workers)
+    def read(rows: list[range]) -> Iterator[Iterator[torch.Tensor]]:
+        return pictures.batches_of_parts(crops, rows, own.batch_size, own.workers)
+
+    def build(_: range, images: Iterator[torch.Tensor], file: Path) -> None:
         moments_of(images, encoder, own.flip, accelerator).save(file)
 
     with parts.built(
-        args.state_folder, key, len(dataset), own.images_per_part, build, accelerator, "latent statistics"
+        args.state_folder, key, len(dataset), own.images_per_part, read, build, accelerator, "latent statistics"
     ) as files:
         if first:
             total = latent_stats.merge([latent_stats.Moments.load(file) for file in files])

@@ -8,7 +8,7 @@ the same command carries on from whole parts. Under torchrun each process takes 
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -90,10 +90,13 @@ def compute(
     groups, origin = fid.group_count(len(split.pictures)), evaluation.origin(split, extractor)
     outputs = [out / f"{kind}.safetensors" for kind in COPIES] + [out / "floor.json"]
 
-    def build(rows: range, file: Path) -> None:
+    def read(rows: list[range]) -> Iterator[Iterator[torch.Tensor]]:
+        return pictures.batches_of_parts(split.pictures, rows, own.batch_size, own.workers)
+
+    def build(_: range, batches: Iterator[torch.Tensor], file: Path) -> None:
         found = {kind: fid.FeatureStatistics(extractor.dim, origin) for kind in COPIES}
         pixels = latent_stats.Moments((3, split.image_size, split.image_size))
-        for images in pictures.batches(split.pictures, rows, own.batch_size, own.workers):
+        for images in batches:
             for kind, copy in COPIES.items():
                 found[kind].add(extractor(copy(images)))
             pixels.add(images)
@@ -102,7 +105,7 @@ def compute(
             found[kind].save(_beside(file, kind))
 
     with parts.built(
-        state, key, len(split.pictures), own.images_per_part, build, accelerator, "the reference", groups
+        state, key, len(split.pictures), own.images_per_part, read, build, accelerator, "the reference", groups
     ) as files:
         if accelerator.is_main_process:
             for kind, output in zip(COPIES, outputs, strict=False):

@@ -73,6 +73,8 @@ class Extractor:
 
     def __init__(self, model: FeatureExtractorBase, weights_sha256: str, label: str, device: torch.device):
         self.model, self.device = model.to(device), device
+        if device.type == "cpu":  # twice as fast: pooling and norms run over channels
+            self.model.to(memory_format=torch.channels_last)
         self.name, self.dim = model.get_name(), int(model.get_requested_features_list()[0])
         self.weights_sha256, self.label, self.comparable = weights_sha256, label, not label
 

@@ -1,12 +1,13 @@
 """Centre crops of a split's pictures, in batches, and sheets of pictures beside their reconstructions."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from scripts.common import sheets
 from scripts.common.listed_images import collate, unwrapped
@@ -27,9 +28,19 @@ class CentreCrop:
 
 def batches(pictures: arrow.Pictures, rows: Sequence[int], batch_size: int, workers: int) -> Iterator[torch.Tensor]:
     """Pictures of `rows`, in order, as `pictures` transforms them, [B,3,S,S]."""
-    loader = DataLoader(Subset(pictures, rows), batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    for batch in loader:
-        yield unwrapped(batch)[0]
+    (one,) = batches_of_parts(pictures, [rows], batch_size, workers)
+    yield from one
+
+
+def batches_of_parts(
+    pictures: arrow.Pictures, parts: Sequence[Sequence[int]], batch_size: int, workers: int
+) -> Iterator[Iterator[torch.Tensor]]:
+    """`batches` of each part in turn, by the same processes; take all of a part's before the next part."""
+    cut = [[rows[start : start + batch_size] for start in range(0, len(rows), batch_size)] for rows in parts]
+    batches = list(itertools.chain.from_iterable(cut))
+    read = iter(DataLoader(pictures, batch_sampler=batches, num_workers=workers, collate_fn=collate))
+    for own in cut:
+        yield (unwrapped(batch)[0] for batch in itertools.islice(read, len(own)))
 
 
 def draw_pairs(path: Path, images: torch.Tensor, made: torch.Tensor, names: Sequence[str], title: str) -> None:

@@ -76,10 +76,12 @@ def _blur(maps: torch.Tensor) -> torch.Tensor:
 
 def _along_rows(maps: torch.Tensor) -> torch.Tensor:
     """[...,H,W] -> [...,H-10,W], some rows at a time: elsewhere the banded matrix is empty."""
-    made = []
+    side, made = ROWS + WINDOW - 1, []
+    band = _band(side, maps)
     for start in range(0, maps.shape[-2] - WINDOW + 1, ROWS):
-        piece = maps[..., start : start + ROWS + WINDOW - 1, :]
-        made.append(_band(piece.shape[-2], maps) @ piece)
+        piece = maps[..., start : start + side, :]
+        rows = piece.shape[-2]
+        made.append(band[: rows - WINDOW + 1, :rows] @ piece)
     return torch.cat(made, dim=-2)
 
 

@@ -7,7 +7,7 @@ Under torchrun each process takes every n-th part.
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +31,20 @@ class ReconstructSettings(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
 
 
-def reconstruct(
-    images: torch.Tensor, autoencoder: torch.nn.Module, lpips: Callable, accelerator
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(reconstructions uint8 [B,3,S,S] on the device, {column: [B] float64 on the CPU}) of uint8 images [B,3,S,S]."""
-    images = images.to(accelerator.device)
-    with torch.inference_mode():
-        with accelerator.autocast():
-            made = autoencoder(images.float() / 255)
-        made = quality.to_uint8(made.float())
-        scores = {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made)}
-        scores["lpips"] = lpips(made.float() / 127.5 - 1, images.float() / 127.5 - 1).double()
-    return made, {name: values.cpu() for name, values in scores.items()}
+def reconstruct(images: torch.Tensor, autoencoder: torch.nn.Module, accelerator) -> torch.Tensor:
+    """Reconstructions uint8 [B,3,S,S] on the device, of uint8 images [B,3,S,S]."""
+    with torch.inference_mode(), accelerator.autocast():
+        made = autoencoder(images.to(accelerator.device).float() / 255)
+    return quality.to_uint8(made.float())
+
+
+@torch.inference_mode()
+def score(images: torch.Tensor, made: torch.Tensor, lpips: Callable) -> dict[str, torch.Tensor]:
+    """{column: [B] float64 on the CPU} of uint8 images [B,3,S,S] and their reconstructions."""
+    images = images.to(made.device)
+    scores = {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made)}
+    scores["lpips"] = lpips(made.float() / 127.5 - 1, images.float() / 127.5 - 1).double()
+    return {name: values.cpu() for name, values in scores.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,11 +101,15 @@ def compute(
     groups, origin = fid.group_count(len(split.pictures)), evaluation.origin(split, extractor)
     outputs = [out / name for name in ("features.safetensors", "images.parquet", "reconstructions.png")]
 
-    def build(rows: range, file: Path) -> None:
+    def read(rows: list[range]) -> Iterator[Iterator[torch.Tensor]]:
+        return pictures.batches_of_parts(split.pictures, rows, own.batch_size, own.workers)
+
+    def build(rows: range, batches: Iterator[torch.Tensor], file: Path) -> None:
         statistics = fid.FeatureStatistics(extractor.dim, origin)
         found: dict[str, list] = {name: [] for name in COLUMNS}
-        for images in pictures.batches(split.pictures, rows, own.batch_size, own.workers):
-            made, scores = reconstruct(images, autoencoder, lpips, accelerator)
+        for images in batches:
+            made = reconstruct(images, autoencoder, accelerator)
+            scores = score(images, made, lpips)
             statistics.add(extractor(made))
             for name in COLUMNS:
                 found[name].append(scores[name].numpy())
@@ -112,7 +118,7 @@ def compute(
         statistics.save(file)
 
     with parts.built(
-        state, key, len(split.pictures), own.images_per_part, build, accelerator, "reconstructions", groups
+        state, key, len(split.pictures), own.images_per_part, read, build, accelerator, "reconstructions", groups
     ) as files:
         if accelerator.is_main_process:
             fid.save_groups(outputs[0], fid.merge_parts(files, groups))
@@ -122,17 +128,17 @@ def compute(
                 path=[split.names[r] for r in table["row"]], label=[split.labels[r] for r in table["row"]]
             )
             tables.write_table(outputs[1], named[["row", "path", "label", *COLUMNS]], ["row"])
-            draw(outputs[2], split, own, autoencoder, lpips, accelerator)
+            draw(outputs[2], split, own, autoencoder, accelerator)
             means = {name: round(float(table[name].mean()), 4) for name in COLUMNS}
             step.log.info("%d reconstructions: %s", len(table), means)
     return outputs
 
 
-def draw(path: Path, split: evaluation.Split, own: EvaluateSettings, autoencoder, lpips, accelerator) -> None:
+def draw(path: Path, split: evaluation.Split, own: EvaluateSettings, autoencoder, accelerator) -> None:
     """The sheet: some pictures, evenly spread over the split, above their reconstructions."""
     shown = np.linspace(0, len(split.pictures) - 1, min(own.sheet, len(split.pictures))).astype(int)
     images = torch.stack([split.pictures[int(row)][0] for row in shown])
-    made, _ = reconstruct(images, autoencoder, lpips, accelerator)
+    made = reconstruct(images, autoencoder, accelerator)
     title = f"Reconstructions of {len(split.pictures)} {split.name} pictures: {len(shown)} of them"
     pictures.draw_pairs(path, images, made.cpu(), [split.names[row] for row in shown], title)
 
