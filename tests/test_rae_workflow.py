@@ -192,19 +192,29 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_bytes(data, trained,
     assert not (tmp_path / "out.state").exists()
 
 
-def check_curve(out: Path, undisturbed: Path) -> None:
-    """The loss curve of one process, but for rounding, which the GAN's stage amplifies."""
+CALM = {"lr": 5e-4, "final_lr": 5e-5}  # rounding grows tenfold an epoch at the fixtures' rate
+
+
+@pytest.fixture(scope="module")
+def calm(data, tmp_path_factory):
+    """The loss curve of one process."""
+    out = tmp_path_factory.mktemp("calm")
+    train_autoencoder.main(training(data, "siglip2", out, **CALM))
+    return json.loads((out / "metrics.json").read_text())["history"]
+
+
+def check_curve(out: Path, one: list[dict]) -> None:
+    """The loss curve `one` of one process, but for rounding, which the GAN's stage amplifies."""
     ours = json.loads((out / "metrics.json").read_text())["history"]
-    one = json.loads((undisturbed / "metrics.json").read_text())["history"]
     for mine, other in zip(ours, one, strict=True):
         assert mine.keys() == other.keys()
         for name in ("l1", "lpips", "discriminator"):
             if name in other:
-                assert mine[name] == pytest.approx(other[name], rel=1e-2 if "gan" in other else 2e-3), name
+                assert mine[name] == pytest.approx(other[name], rel=2e-3 if "gan" in other else 5e-4), name
 
 
 @pytest.mark.slow
-def test_two_nodes_follow_the_curve_of_one_process(data, trained, tmp_path):
+def test_two_nodes_follow_the_curve_of_one_process(data, calm, tmp_path):
     """By hand, as docs/rae.md says: one torchrun on each node, here two on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -214,25 +224,26 @@ def test_two_nodes_follow_the_curve_of_one_process(data, trained, tmp_path):
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
              "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port),
-             "-m", "scripts.rae.train_autoencoder", *training(data, "siglip2", out)],
+             "-m", "scripts.rae.train_autoencoder", *training(data, "siglip2", out, **CALM)],
             cwd=ROOT, stderr=(tmp_path / f"{rank}.log").open("w"), env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
     ]  # fmt: skip
     for rank, node in enumerate(nodes):
         assert node.wait(timeout=600) == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
-    check_curve(out, trained["siglip2"])
+    check_curve(out, calm)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(data, trained, tmp_path):
+def test_two_processes_equal_one(data, calm, tmp_path):
     """Two gloo processes: the loss curve but for rounding, statistics to the byte."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "scripts.common.launch", "--processes", "2", "--"]
-    done = subprocess.run([*command, "scripts.rae.train_autoencoder", *training(data, "siglip2", out)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    options = training(data, "siglip2", out, **CALM)
+    done = subprocess.run([*command, "scripts.rae.train_autoencoder", *options], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    check_curve(out, trained["siglip2"])
+    check_curve(out, calm)
     settings = {"image_size": SIDE, "encoder": encoder_settings("siglip2"),
                 "latent_stats": {"batch_size": 16, "images_per_part": 40, "workers": 0}}  # fmt: skip
     both = ["--dataset", str(data / "arrow/dataset"), "--encoder", str(data / "siglip2"),
