@@ -7,8 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.coca import checkpoints, sides, stored_latents, texts
-from scripts.coca.generation import greedy
+from scripts.coca import checkpoints, generation, sides, stored_latents, texts
 from scripts.coca.settings import CaptionSettings
 from scripts.common import devices, progress, step, tables
 
@@ -44,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     batches = stored_latents.batches(latents, slides, size)
     for image_tokens in progress.bar(batches, "caption", -(-len(slides) // size)):
         with accelerator.autocast():
-            captions += greedy(coca, image_tokens.to(accelerator.device), None, tokens, values.max_length)
+            own = slides[len(captions) : len(captions) + size]
+            captions += generation.captions(coca, image_tokens.to(accelerator.device), tokens, values, own)
     table = asked[["slide", "side", "text"]].assign(caption=captions)
     tables.write_table(args.output, table, ["slide"])
     empty = sum(not one.strip() for one in captions)

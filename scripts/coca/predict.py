@@ -20,9 +20,8 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from scripts.coca import checkpoints, embedding, texts
+from scripts.coca import checkpoints, embedding, generation, texts
 from scripts.coca.encode_slides import encode
-from scripts.coca.generation import greedy
 from scripts.coca.perceiver import Perceiver
 from scripts.coca.settings import EXTENSIONS, CaptionSettings, EncoderSettings, ListSettings, TrainSettings
 from scripts.coca.slides import SlideError, open_slide, read_tiles
@@ -113,7 +112,9 @@ class Predictor:
         """A prediction for each slide: slide, path, tiles, caption, scores {text: {cosine, softmax}}."""
         image_tokens = torch.from_numpy(np.stack([one.latents[1:] for one in slides])).to(self.accelerator.device)
         with self.accelerator.autocast():
-            captions = greedy(self.coca, image_tokens, None, self.tokens, self.values.caption.max_length)
+            captions = generation.captions(
+                self.coca, image_tokens, self.tokens, self.values.caption, [Path(one.path).stem for one in slides]
+            )
         scores = [{}] * len(slides)
         if self.strings:
             cosines = embedding.embed_images(self.coca, image_tokens, self.accelerator) @ self.embedded.T
