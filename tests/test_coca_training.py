@@ -423,6 +423,47 @@ def test_the_loss_of_a_step_is_that_of_its_definition(data):
     assert asked[-1]["same"] is None
 
 
+PLUGIN = """
+from scripts.coca import losses
+
+def loss_terms(**tensors):
+    terms = losses.loss_terms(**tensors)
+    return terms | {f"more {name}": 0.5 * value for name, value in terms.items()}
+"""
+
+
+def test_a_users_function_takes_the_place_of_the_loss(data, tmp_path):
+    """Half of each term once more is as much as weights of 1.5, and each term has its curve."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    train.main(training(data, tmp_path / "by_user", epochs=1, loss_plugin=str(tmp_path / "plugin.py")))
+    train.main(training(data, tmp_path / "by_weights", epochs=1, caption_weight=1.5, contrastive_weight=1.5))
+    (row,), (other,) = history(tmp_path / "by_user"), history(tmp_path / "by_weights")
+    assert row["more caption"] == pytest.approx(row["caption"] / 2)
+    assert row["caption"] + row["more caption"] == pytest.approx(other["caption"], rel=1e-4)
+    for name in ("val_caption", "val_contrastive", "contrastive"):
+        assert row[name] == pytest.approx(other[name], rel=1e-4), name
+    assert "loss plugin" in json.loads((tmp_path / "by_user/meta.json").read_text())["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "plugin.py: no such file"),
+        ("loss_terms = 3", "no function loss_terms"),
+        ("import nowhere_at_all", "cannot be imported .ModuleNotFoundError"),
+        ("def loss_terms(**tensors): return {}", r"loss_terms\(logits, .*\) gave {}"),
+        ("def loss_terms(**tensors): return {'caption': 0.5}", "gave caption: float"),
+        ("def loss_terms(logits=None, **tensors): return {'caption': logits}", r"gave caption: \[11, "),
+    ],
+)
+def test_a_users_function_that_is_none_is_refused(data, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "plugin.py").write_text(text)
+    with pytest.raises(KilnError, match=message):
+        train.main(training(data, tmp_path / "out", loss_plugin=str(tmp_path / "plugin.py")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_draws_of_tiles_follow_seed_epoch_and_slide(data):
     table = side_of(data, "train")
     draws = TileDraws(data / "slides", table, 10, 3)

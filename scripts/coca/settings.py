@@ -109,6 +109,9 @@ class TrainSettings(Settings):
     same_text_negatives: bool = Field(
         False, description="count pairs of equal texts as negatives, as the original does"
     )
+    loss_plugin: str | None = Field(
+        None, description="a .py file whose function loss_terms takes the place of that in scripts/coca/losses.py"
+    )
     init_from: str | None = Field(None, description="a model.safetensors to start from")
     best_by: Literal["retrieval", "loss"] = Field(
         "retrieval", description="validation score that chooses the best epoch"
@@ -206,5 +209,5 @@ class CocaSettings(Settings):
     caption: CaptionSettings = CaptionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     resources: Literal["gpu_single", "gpu_node"] = execution(
-        "gpu_single", description="class of the rules with a model"
+        "gpu_single", description="class of the rules that train and encode"
     )

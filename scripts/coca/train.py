@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scripts.coca import checkpoints, sides, slide_model, texts
+from scripts.coca import checkpoints, loss_plugin, losses, sides, slide_model, texts
 from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
     inputs |= {f"latents {name}": args.latents / name for name in ("index.parquet", "summary.json") if args.latents}
     inputs |= {"encoder": args.encoder_weights} if args.encoder_weights and not values.encoder.is_frozen else {}
     inputs |= {"init_from": args.init_from} if args.init_from else {}
+    inputs |= {"loss plugin": Path(own.loss_plugin)} if own.loss_plugin else {}
     record = step.record(args, "scripts.coca.train", values, inputs)
     tokens = texts.Texts.load(args.tokenizer)
     slides = sides.read(args.manifest, args.splits, ("path", "tiles", "dim", "key"))
@@ -173,7 +174,8 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.init_from:
         start_from(model, args.init_from, facts, args.tokenizer)
-    fit = Fit(model, pairs["train"], pairs["validation"], own, accelerator, own.workers)
+    loss = loss_plugin.load(Path(own.loss_plugin)) if own.loss_plugin else losses.loss_terms
+    fit = Fit(model, pairs["train"], pairs["validation"], own, accelerator, own.workers, loss)
     check_room(fit, args.state_folder)
 
     def keep(path: Path, steps: int, epochs: int) -> None:
