@@ -66,14 +66,18 @@ def test_every_layout_reads_as_plain_h5py_does(tmp_path, key, dtype, batched, op
     with h5py.File(path, "a") as file:
         file["coords"] = np.zeros((20, 2), int)
     opened = open_slide(path, KEYS)
-    assert opened == SlideFile(path, key, 20, DIM, np.dtype(dtype).newbyteorder("=").name, batched)
+    with h5py.File(path) as file:
+        chunk = file[key].chunks[-2] if file[key].chunks else 1
+    assert opened == SlideFile(path, key, 20, DIM, np.dtype(dtype).newbyteorder("=").name, batched, chunk)
     for start, stop in ((0, None), (0, 20), (3, 11), (19, 20), (5, 5)):
         read = read_tiles(opened, start, stop)
         assert read.dtype == opened.dtype and read.dtype.isnative
         assert np.array_equal(read, data[start:stop])
-    for rows in (1, 3, 8, 100, None):
-        slabs = list(iterate_tiles(opened, rows))
-        assert np.array_equal(np.concatenate(slabs), data)
+    assert np.array_equal(np.concatenate(list(iterate_tiles(opened))), data)
+    for rows in (1, 3, 8, 100):
+        slabs = opened.slabs(rows * DIM * np.dtype(dtype).itemsize)
+        assert np.array_equal(np.concatenate([read_tiles(opened, *one) for one in slabs]), data)
+        assert all(start % chunk == 0 and stop - start >= min(rows, 20 - start) for start, stop in slabs)
     with pytest.raises(ValueError):
         read_tiles(opened, 3, 21)
 
@@ -186,7 +190,7 @@ def test_an_external_link_is_never_followed(tmp_path):
         open_slide(tmp_path / "a.h5", KEYS)
     for key in ("embeddings", "feats"):
         with pytest.raises(SlideError, match="external link"):
-            read_tiles(SlideFile(tmp_path / "a.h5", key, 20, DIM, "float16", False))
+            read_tiles(SlideFile(tmp_path / "a.h5", key, 20, DIM, "float16", False, 1))
 
 
 @QUICK
@@ -239,7 +243,8 @@ def test_a_slab_costs_the_memory_of_a_slab(tmp_path, options):
     del data
     for work, share in (
         (lambda: read_tiles(opened, 20_000, 20_400), 0.02),
-        (lambda: [None for _ in iterate_tiles(opened, 400)], 0.06),  # the next slab is made while one is held
+        (lambda: [read_tiles(opened, *one).sum() for one in opened.slabs(400 * 1024)], 0.03),
+        # the next slab is made while one is held
         (lambda: slide_facts.inspect(path, KEYS, 512, 10**6), 1.3 * 2 * 16 * 2**20 / whole),
     ):
         tracemalloc.start()  # numpy tells it of its arrays
@@ -257,9 +262,8 @@ def test_no_tile_is_read_twice_and_none_before_it_is_asked_for(tmp_path, monkeyp
     )
     opened = open_slide(path, KEYS)
     assert ranges == []
-    assert [len(slab) for slab in iterate_tiles(opened, 10)] == [14] * 7 + [2]  # whole chunks, each unpacked once
-    assert [(one.start, one.stop) for one in ranges] == [(s, min(s + 14, 100)) for s in range(0, 100, 14)]
-    del ranges[:]
+    # whole chunks, each unpacked once
+    assert opened.slabs(10 * DIM * 2) == [(start, min(start + 14, 100)) for start in range(0, 100, 14)]
     slide_facts.inspect(path, KEYS, DIM, 1000)
     assert ranges == [slice(0, 100)]
 
