@@ -632,6 +632,13 @@ def test_an_empty_side_is_refused_with_the_number_of_patients(tmp_path, patients
     assert not (tmp_path / "split").exists()
 
 
+@pytest.mark.parametrize("values", [{"validation": 0}, {"test": 0}, {"validation": 0.5, "test": 0.5}])
+def test_sides_of_size_zero_are_refused_by_name(tmp_path, values):
+    with pytest.raises(KilnError, match=".*".join(values)) as caught:
+        sides(tmp_path, [f"p{i}" for i in range(90)], **values)
+    assert caught.value.hint and not (tmp_path / "split").exists()
+
+
 def test_repeated_texts_are_counted(tmp_path):
     patients = [f"p{i}" for i in range(60)]
     made, summary = sides(tmp_path, patients, text="the same")

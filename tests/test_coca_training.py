@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed
 
 from scripts.coca import (
@@ -38,7 +40,7 @@ from scripts.coca import (
 from scripts.coca.batches import Budget, Lengths
 from scripts.coca.pairs import Collate, Pairs, TileDraws
 from scripts.coca.perceiver import Perceiver
-from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
+from scripts.coca.settings import CocaSettings, EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.texts import Texts
 from scripts.coca.training import Fit
 from scripts.common import devices
@@ -504,6 +506,59 @@ def test_it_learns_and_writes_what_it_says(data, trained):
     assert not (data / "trained.state").exists()
 
 
+def test_best_and_last_are_the_weights_of_their_epochs(data, tmp_path):
+    """At so high a rate retrieval gets worse again, so that the best epoch is not the last."""
+    out = tmp_path / "out"
+    train.main(training(data, out, epochs=6, lr=0.1, final_lr=0.1, clip_grad=0, save_every=1))
+    metrics = json.loads((out / "metrics.json").read_text())
+    recalls = [row["val_recall"] for row in metrics["history"]]
+    best = recalls.index(max(recalls)) + 1
+    assert metrics["chosen"]["epoch"] == best < 6
+    for name, epoch in (("model", best), ("last", 6)):
+        facts, tensors = checkpoints.read(out / f"{name}.safetensors")
+        kept = checkpoints.read(out / f"epochs/epoch-{epoch:04d}.safetensors")
+        assert facts == kept[0] and facts.epoch == epoch
+        assert all(torch.equal(tensors[key], value) for key, value in kept[1].items())
+
+
+def test_the_rate_warms_up_and_follows_a_cosine(data, tmp_path):
+    out = tmp_path / "out"
+    train.main(training(data, out, warmup=0.5, final_lr=1e-3, tracker="tensorboard"))
+    steps = json.loads((out / "metrics.json").read_text())["steps"]
+    rates = [row["lr"] for row in history(out)]
+    for epoch, rate in enumerate(rates, start=1):
+        done, half = epoch * steps // 4, steps // 2
+        cosine = 0.5 * (1 + math.cos(math.pi * (done - 1 - half) / (steps - 1 - half)))
+        assert rate == pytest.approx(1e-2 * done / half if done <= half else 1e-3 + 9e-3 * cosine)
+    curves = EventAccumulator(str(tmp_path / "out.curves")).Reload()
+    assert {"lr", "caption", "contrastive", "scale", "val_caption", "val_recall"} <= set(curves.Tags()["scalars"])
+    assert [one.value for one in curves.Scalars("lr")] == pytest.approx(rates)
+    assert [one.step for one in curves.Scalars("val_recall")] == [steps * n // 4 for n in range(1, 5)]
+
+
+def test_gradients_are_clipped(data):
+    free, clipped = (first_step(open_fit(data, clip_grad=most)) for most in (0, 0.05))
+    length = torch.stack([one.norm() for one in free.values()]).norm()
+    assert length > 0.1
+    for name, gradient in free.items():
+        torch.testing.assert_close(clipped[name], gradient * 0.05 / length, rtol=1e-3, atol=1e-9, msg=name)
+
+
+def test_published_values_are_the_defaults():
+    values = CocaSettings()
+    train = values.train
+    assert (train.max_seq_len, train.batch_size, train.epochs, train.lr, train.weight_decay) == (512, 4, 10, 1e-4, 0.01)
+    assert (train.caption_weight, train.contrastive_weight, train.save_every, train.temperature) == (1, 1, 5, 1)
+    assert (values.split.validation, values.list.tile_dim, values.encoder.dim) == (0.1, 2560, 1280)
+    model = values.model
+    assert (model.dim, model.unimodal_depth, model.multimodal_depth, model.dim_latents) == (1024, 6, 6, 5120)
+    assert (model.image_queries, model.dim_head, model.heads, model.ff_mult) == (256, 64, 8, 4)
+    perceiver = values.encoder
+    assert (perceiver.latents, perceiver.depth, perceiver.transformer_depth, perceiver.heads) == (512, 8, 6, 8)
+    assert (perceiver.mlp_ratio, perceiver.weights, perceiver.is_frozen) == (1, None, False)
+    assert values.list.keys == ("embeddings", "features", "feats") and values.caption.max_length == 100
+
+
 def test_texts_that_are_cut_are_counted(data, tmp_path):
     train.main(training(data, tmp_path / "out", max_seq_len=6, epochs=1, save_every=0))
     sides = json.loads((tmp_path / "out/metrics.json").read_text())["sides"]
@@ -534,6 +589,8 @@ def test_bad_input_stops_and_leaves_nothing(data, tmp_path, changes, message):
 
 
 def test_an_encoder_and_what_it_reads_must_fit(data, tmp_path):
+    with pytest.raises(KilnError, match="a frozen slide encoder with random weights tells nothing of a slide"):
+        train.main(training(data, tmp_path / "out", "--settings", "encoder.frozen=true"))
     frozen = json.dumps({"encoder": {"weights": "some.safetensors"}})
     with pytest.raises(KilnError, match="the slide encoder is frozen, and --slides gives tiles"):
         train.main(training(data, tmp_path / "out", "--settings", frozen))
