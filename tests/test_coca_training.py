@@ -386,6 +386,19 @@ def test_passes_of_the_model_equal_one_big_batch(data, budget):
         assert gradient.abs().max() > 0, name
 
 
+def step_of_two(rank: int, data: Path, wanted: dict[str, torch.Tensor]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+    fit = open_fit(data, clip_grad=0, max_tiles=70)
+    assert (fit.rank, fit.ranks) == (rank, 2)
+    for name, gradient in first_step(fit).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_gradient_of_two_processes_is_that_of_one_big_batch(data):
+    """Of the whole model and both losses, each process with several passes of its own."""
+    two_processes(step_of_two, data, first_step(open_fit(data, clip_grad=0)))
+
+
 @pytest.fixture
 def anew():
     """accelerate's state, which otherwise keeps the precision of this process's first training."""
@@ -519,6 +532,46 @@ def test_best_and_last_are_the_weights_of_their_epochs(data, tmp_path):
         kept = checkpoints.read(out / f"epochs/epoch-{epoch:04d}.safetensors")
         assert facts == kept[0] and facts.epoch == epoch
         assert all(torch.equal(tensors[key], value) for key, value in kept[1].items())
+
+
+@torch.no_grad()
+def test_validation_is_that_of_the_model_pair_by_pair(data, trained):
+    """Without padding, passes or masks; equal texts are right, and no candidate that is as near comes before."""
+    model, _ = checkpoints.load(trained / "last.safetensors", data / "tokenizer")
+    table, texts = side_of(data, "validation"), Texts.load(data / "tokenizer")
+    draws = TileDraws(data / "slides", table, 24, 42)
+    latents, loss, tokens = [], 0.0, 0
+    for index, text in enumerate(table["text"]):
+        ids = torch.tensor([texts.encode(text, 32)[0]])
+        out = model(ids, torch.from_numpy(draws.read(index, 0))[None])
+        latents.append(torch.cat([out.text_latents, out.image_latents]))
+        loss -= float(out.logits[0, :-1].log_softmax(dim=1)[range(ids.shape[1] - 1), ids[0, 1:]].sum())
+        tokens += ids.shape[1] - 1
+    text, image = torch.stack(latents).unbind(dim=1)
+    row = history(trained)[-1]
+    assert row["val_caption"] == pytest.approx(loss / tokens, rel=1e-4)
+    equal = table["text"].to_numpy()[:, None] == table["text"].to_numpy()
+    found = []
+    for k in (1, 5, 10):
+        both = []
+        for similarity in (text @ image.T, image @ text.T):
+            best = similarity.masked_fill(~torch.from_numpy(equal), -2).amax(dim=1, keepdim=True)
+            wrong = ((similarity >= best) & ~torch.from_numpy(equal)).sum(dim=1)
+            both.append((wrong < k).double().mean().item())
+        found.append(sum(both) / 2)
+        assert row[f"val_r{k}"] == pytest.approx(found[-1], abs=1e-9)
+    assert row["val_recall"] == pytest.approx(sum(found) / 3)
+
+
+def test_matrices_decay_and_nothing_else(data):
+    fit = open_fit(data, weight_decay=0.3)
+    rates = {id(p): group["weight_decay"] for group in fit.optimiser.param_groups for p in group["params"]}
+    names = {name: rates[id(p)] for name, p in fit.model.named_parameters()}
+    assert len(rates) == len(names)
+    still = ("norm", "gamma", "bias", "temperature", "token_emb", "queries", "cls_token", "latents")
+    for name, rate in names.items():
+        is_matrix = name.endswith("to_latents.weight") or not any(one in name for one in still)
+        assert rate == (0.3 if is_matrix else 0.0), name
 
 
 def test_the_rate_warms_up_and_follows_a_cosine(data, tmp_path):
