@@ -129,6 +129,7 @@ rule coca_train_tokenizer:
         **class_resources("light"),
     params:
         step=outside(STEP),
+        tokenizer=file_digest(CONFIG.coca.tokenizer.path and f"{CONFIG.coca.tokenizer.path}/tokenizer.json"),
         settings=numerics("coca.tokenizer"),
         code=code_key("scripts.coca.train_tokenizer"),
         folder=subpath(output.listing, parent=True),

@@ -331,6 +331,24 @@ def test_the_original_has_labels_of_the_local_batch_alone():
     two_processes(the_original_fails)
 
 
+def the_originals_gradient_is_a_half(rank: int) -> None:
+    """Its gather hands back the own rows of one process's gradient, which `DistributedDataParallel` then averages."""
+    from coca_pytorch.coca_pytorch import all_gather
+
+    data, theirs, whole = pairs_of(torch.float64), Towers(torch.float64), Towers(torch.float64)
+    contrast(*map(all_gather, theirs.encode(data[:, 6 * rank : 6 * rank + 6])), theirs.scale.detach()).backward()
+    contrast(*whole.encode(data), whole.scale.detach()).backward()
+    for (name, mine), wanted in zip(theirs.named_parameters(), whole.parameters(), strict=True):
+        if name != "scale":
+            distributed.all_reduce(mine.grad)
+            torch.testing.assert_close(mine.grad / 2, wanted.grad / 2, rtol=1e-9, atol=1e-12)
+            assert wanted.grad.abs().max() > 0
+
+
+def test_the_original_has_half_the_gradient_on_two_processes():
+    two_processes(the_originals_gradient_is_a_half)
+
+
 def test_rows_that_do_not_fit_are_a_defect():
     with pytest.raises(KilnError, match="process 0 has 3 rows of a global batch, expected 2"):
         contrastive.gather(torch.zeros(3, 1), contrastive.Sides((2, 1), 0))

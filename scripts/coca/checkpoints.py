@@ -113,6 +113,11 @@ def load(path: Path, tokenizer: Path | None) -> tuple[SlideModel, Facts]:
     return model.eval(), facts
 
 
+def encoder_sha256(path: Path, facts: Facts) -> str:
+    """Hash of the file that holds the slide encoder of the checkpoint at `path`: a frozen one's own, or itself."""
+    return facts.encoder_sha256 or artefacts.input_hash(path)
+
+
 def check_tokenizer(path: Path, facts: Facts, folder: Path) -> None:
     """Refuse the tokenizer in `folder` for the checkpoint at `path` unless it was trained with it.
 

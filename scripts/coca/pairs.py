@@ -102,10 +102,8 @@ class StoredLatents:
     """
 
     def __init__(self, folder: Path, table: pd.DataFrame, dim: int):
-        self.latents, self.slides = Latents(folder, dim), table["slide"].to_list()
-        for slide in self.slides:
-            self.latents.get(slide)
-        self.dim = dim
+        self.slides, self.dim = table["slide"].to_list(), dim
+        self.latents = Latents(folder, dim, self.slides)
         self.sizes = np.full(len(self.slides), self.latents.latents, np.int64)
 
     def read(self, index: int, epoch: int) -> np.ndarray:
