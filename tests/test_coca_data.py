@@ -21,6 +21,7 @@ from vase_fixtures import ROOT, files_below
 
 from scripts.coca import labels, list_slides, slide_facts, split, train_tokenizer
 from scripts.coca.settings import EvaluateSettings, SplitSettings
+from scripts.coca.sides import read_splits
 from scripts.coca.slides import SlideError, SlideFile, iterate_tiles, open_slide, read_tiles
 from scripts.coca.texts import Texts, class_of, identity
 from scripts.common import tables
@@ -590,7 +591,7 @@ def sides(root, patients, text="a text of {}", **values):
     arguments = ["--manifest", manifest(root / "manifest.parquet", patients, text), "--output-folder", out]
     arguments += ["--meta", out / "meta.json", "--threads", 1]
     split.main([*map(str, arguments), "--settings", json.dumps(values)])
-    return split.read_splits(out / "splits.csv"), json.loads((out / "summary.json").read_text())
+    return read_splits(out / "splits.csv"), json.loads((out / "summary.json").read_text())
 
 
 @QUICK
@@ -658,7 +659,7 @@ def test_ids_that_look_like_numbers_or_gaps_stay_text(tmp_path):
     out = tmp_path / "out"
     split.main(["--manifest", str(tmp_path / "manifest.parquet"), "--output-folder", str(out), "--meta",
                 str(out / "meta.json")])  # fmt: skip
-    frame = split.read_splits(out / "splits.csv")
+    frame = read_splits(out / "splits.csv")
     assert frame["slide"].tolist() == [f"{i:03d}" for i in range(40)] + ["NA"]
     assert frame["patient"].tolist() == [f"00{i}" for i in range(40)] + ["NA"]
 
@@ -674,7 +675,7 @@ def test_ids_that_look_like_numbers_or_gaps_stay_text(tmp_path):
 def test_splits_by_hand_are_checked(tmp_path, text, message):
     (tmp_path / "splits.csv").write_text(text)
     with pytest.raises(KilnError, match=message):
-        split.read_splits(tmp_path / "splits.csv")
+        read_splits(tmp_path / "splits.csv")
 
 
 # --- tokenizer ---

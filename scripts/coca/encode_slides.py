@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scripts.coca import checkpoints
 from scripts.coca.latents import shard_name
-from scripts.coca.perceiver import Perceiver
+from scripts.coca.perceiver import Perceiver, encode
 from scripts.coca.settings import EncoderSettings, EncodeSettings
 from scripts.coca.slide_model import encoder_shape
 from scripts.coca.slides import SlideFile, open_listed, read_tiles
@@ -71,14 +71,6 @@ def read_slides(slides: Sequence[SlideFile], workers: int, device: torch.device)
         for start, stop in slide.slabs(SLAB_BYTES):
             tiles[start:stop] = unwrapped(next(parts))
         yield tiles
-
-
-@torch.inference_mode()
-def encode(tiles: torch.Tensor, encoder: Perceiver, chunk: int, accelerator) -> np.ndarray:
-    """[1 + latents, dim] float32 of tiles [N,tile_dim] of any float type; the first row stands for the slide."""
-    with accelerator.autocast():
-        slide, latents = encoder(tiles[None].to(accelerator.device), chunk=chunk)
-    return torch.cat([slide[:, None], latents], dim=1)[0].float().cpu().numpy()
 
 
 def write_shard(path: Path, rows: Iterator[tuple[str, np.ndarray]], count: int, dtype: str) -> None:

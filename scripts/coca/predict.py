@@ -21,8 +21,7 @@ import torch
 from pydantic import Field
 
 from scripts.coca import checkpoints, embedding, generation, texts
-from scripts.coca.encode_slides import encode
-from scripts.coca.perceiver import Perceiver
+from scripts.coca.perceiver import Perceiver, encode
 from scripts.coca.settings import EXTENSIONS, CaptionSettings, EncoderSettings, ListSettings, TrainSettings
 from scripts.coca.slides import SlideError, open_slide, read_tiles
 from scripts.common import artefacts, devices, progress, shards, step, tables
