@@ -497,6 +497,17 @@ def test_a_users_function_that_is_none_is_refused(data, tmp_path, text, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_validation_that_is_no_number_stops(data, tmp_path):
+    (tmp_path / "plugin.py").write_text(
+        "import torch\nfrom scripts.coca import losses\n\ndef loss_terms(**tensors):\n"
+        "    factor = 1.0 if torch.is_grad_enabled() else float('nan')\n"
+        "    return {name: factor * value for name, value in losses.loss_terms(**tensors).items()}\n"
+    )
+    with pytest.raises(KilnError, match="the validation loss is nan at step [0-9]+, epoch 0, .*: caption nan"):
+        train.main(training(data, tmp_path / "out", loss_plugin=str(tmp_path / "plugin.py")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_draws_of_tiles_follow_seed_epoch_and_slide(data):
     table = side_of(data, "train")
     draws = TileDraws(data / "slides", table, 10, 3)
