@@ -129,6 +129,7 @@ rule coca_train_tokenizer:
         **class_resources("light"),
     params:
         step=outside(STEP),
+        tokenizer=file_digest(CONFIG.coca.tokenizer.path and f"{CONFIG.coca.tokenizer.path}/tokenizer.json"),
         settings=numerics("coca.tokenizer"),
         code=code_key("scripts.coca.train_tokenizer"),
         folder=subpath(output.listing, parent=True),
@@ -240,6 +241,7 @@ rule coca_train:
         state=outside(f"{STATE}/coca/train"),
         tracker=outside(f"{LOGS}/coca/train"),
         tokenizer=subpath(input.tokenizer, parent=True),
+        loss=file_digest(CONFIG.coca.train.loss_plugin),
         settings=numerics(encoder="coca.encoder", model="coca.model", train="coca.train"),
         code=code_key(*COCA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
@@ -279,13 +281,13 @@ rule coca_caption:
         f"{BENCHMARKS}/coca/caption.tsv"
     conda:
         "../envs/coca.yaml"
-    threads: class_threads(CONFIG.coca.resources)
+    threads: class_threads("gpu_single")
     resources:
-        **class_resources(CONFIG.coca.resources),
+        **class_resources("gpu_single"),
     params:
         step=outside(STEP),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.coca.resources)),
+        launcher=outside(launcher("gpu_single")),
         tokenizer=subpath(input.tokenizer, parent=True),
         latents=subpath(input.latents, parent=True),
         settings=numerics("coca.caption"),
@@ -331,13 +333,13 @@ rule coca_evaluate:
         f"{BENCHMARKS}/coca/evaluate.tsv"
     conda:
         "../envs/coca.yaml"
-    threads: class_threads(CONFIG.coca.resources)
+    threads: class_threads("gpu_single")
     resources:
-        **class_resources(CONFIG.coca.resources),
+        **class_resources("gpu_single"),
     params:
         step=outside(STEP),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.coca.resources)),
+        launcher=outside(launcher("gpu_single")),
         tokenizer=subpath(input.tokenizer, parent=True),
         latents=subpath(input.latents, parent=True),
         settings=numerics(evaluate="coca.evaluate", max_seq_len="coca.train.max_seq_len"),

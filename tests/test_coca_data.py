@@ -21,6 +21,7 @@ from vase_fixtures import ROOT, files_below
 
 from scripts.coca import labels, list_slides, slide_facts, split, train_tokenizer
 from scripts.coca.settings import EvaluateSettings, SplitSettings
+from scripts.coca.sides import read_splits
 from scripts.coca.slides import SlideError, SlideFile, iterate_tiles, open_slide, read_tiles
 from scripts.coca.texts import Texts, class_of, identity
 from scripts.common import tables
@@ -66,14 +67,18 @@ def test_every_layout_reads_as_plain_h5py_does(tmp_path, key, dtype, batched, op
     with h5py.File(path, "a") as file:
         file["coords"] = np.zeros((20, 2), int)
     opened = open_slide(path, KEYS)
-    assert opened == SlideFile(path, key, 20, DIM, np.dtype(dtype).newbyteorder("=").name, batched)
+    with h5py.File(path) as file:
+        chunk = file[key].chunks[-2] if file[key].chunks else 1
+    assert opened == SlideFile(path, key, 20, DIM, np.dtype(dtype).newbyteorder("=").name, batched, chunk)
     for start, stop in ((0, None), (0, 20), (3, 11), (19, 20), (5, 5)):
         read = read_tiles(opened, start, stop)
         assert read.dtype == opened.dtype and read.dtype.isnative
         assert np.array_equal(read, data[start:stop])
-    for rows in (1, 3, 8, 100, None):
-        slabs = list(iterate_tiles(opened, rows))
-        assert np.array_equal(np.concatenate(slabs), data)
+    assert np.array_equal(np.concatenate(list(iterate_tiles(opened))), data)
+    for rows in (1, 3, 8, 100):
+        slabs = opened.slabs(rows * DIM * np.dtype(dtype).itemsize)
+        assert np.array_equal(np.concatenate([read_tiles(opened, *one) for one in slabs]), data)
+        assert all(start % chunk == 0 and stop - start >= min(rows, 20 - start) for start, stop in slabs)
     with pytest.raises(ValueError):
         read_tiles(opened, 3, 21)
 
@@ -186,7 +191,7 @@ def test_an_external_link_is_never_followed(tmp_path):
         open_slide(tmp_path / "a.h5", KEYS)
     for key in ("embeddings", "feats"):
         with pytest.raises(SlideError, match="external link"):
-            read_tiles(SlideFile(tmp_path / "a.h5", key, 20, DIM, "float16", False))
+            read_tiles(SlideFile(tmp_path / "a.h5", key, 20, DIM, "float16", False, 1))
 
 
 @QUICK
@@ -239,7 +244,8 @@ def test_a_slab_costs_the_memory_of_a_slab(tmp_path, options):
     del data
     for work, share in (
         (lambda: read_tiles(opened, 20_000, 20_400), 0.02),
-        (lambda: [None for _ in iterate_tiles(opened, 400)], 0.06),  # the next slab is made while one is held
+        (lambda: [read_tiles(opened, *one).sum() for one in opened.slabs(400 * 1024)], 0.03),
+        # the next slab is made while one is held
         (lambda: slide_facts.inspect(path, KEYS, 512, 10**6), 1.3 * 2 * 16 * 2**20 / whole),
     ):
         tracemalloc.start()  # numpy tells it of its arrays
@@ -257,9 +263,8 @@ def test_no_tile_is_read_twice_and_none_before_it_is_asked_for(tmp_path, monkeyp
     )
     opened = open_slide(path, KEYS)
     assert ranges == []
-    assert [len(slab) for slab in iterate_tiles(opened, 10)] == [14] * 7 + [2]  # whole chunks, each unpacked once
-    assert [(one.start, one.stop) for one in ranges] == [(s, min(s + 14, 100)) for s in range(0, 100, 14)]
-    del ranges[:]
+    # whole chunks, each unpacked once
+    assert opened.slabs(10 * DIM * 2) == [(start, min(start + 14, 100)) for start in range(0, 100, 14)]
     slide_facts.inspect(path, KEYS, DIM, 1000)
     assert ranges == [slice(0, 100)]
 
@@ -586,7 +591,7 @@ def sides(root, patients, text="a text of {}", **values):
     arguments = ["--manifest", manifest(root / "manifest.parquet", patients, text), "--output-folder", out]
     arguments += ["--meta", out / "meta.json", "--threads", 1]
     split.main([*map(str, arguments), "--settings", json.dumps(values)])
-    return split.read_splits(out / "splits.csv"), json.loads((out / "summary.json").read_text())
+    return read_splits(out / "splits.csv"), json.loads((out / "summary.json").read_text())
 
 
 @QUICK
@@ -628,6 +633,13 @@ def test_an_empty_side_is_refused_with_the_number_of_patients(tmp_path, patients
     assert not (tmp_path / "split").exists()
 
 
+@pytest.mark.parametrize("values", [{"validation": 0}, {"test": 0}, {"validation": 0.5, "test": 0.5}])
+def test_sides_of_size_zero_are_refused_by_name(tmp_path, values):
+    with pytest.raises(KilnError, match=".*".join(values)) as caught:
+        sides(tmp_path, [f"p{i}" for i in range(90)], **values)
+    assert caught.value.hint and not (tmp_path / "split").exists()
+
+
 def test_repeated_texts_are_counted(tmp_path):
     patients = [f"p{i}" for i in range(60)]
     made, summary = sides(tmp_path, patients, text="the same")
@@ -647,7 +659,7 @@ def test_ids_that_look_like_numbers_or_gaps_stay_text(tmp_path):
     out = tmp_path / "out"
     split.main(["--manifest", str(tmp_path / "manifest.parquet"), "--output-folder", str(out), "--meta",
                 str(out / "meta.json")])  # fmt: skip
-    frame = split.read_splits(out / "splits.csv")
+    frame = read_splits(out / "splits.csv")
     assert frame["slide"].tolist() == [f"{i:03d}" for i in range(40)] + ["NA"]
     assert frame["patient"].tolist() == [f"00{i}" for i in range(40)] + ["NA"]
 
@@ -663,7 +675,7 @@ def test_ids_that_look_like_numbers_or_gaps_stay_text(tmp_path):
 def test_splits_by_hand_are_checked(tmp_path, text, message):
     (tmp_path / "splits.csv").write_text(text)
     with pytest.raises(KilnError, match=message):
-        split.read_splits(tmp_path / "splits.csv")
+        read_splits(tmp_path / "splits.csv")
 
 
 # --- tokenizer ---

@@ -5,7 +5,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -149,18 +148,41 @@ def test_another_setting_starts_anew(data, tmp_path, monkeypatch):
     assert Latents(tmp_path / "out").get("slide-0").dtype == np.float32
 
 
+KILLED = """
+import os, signal, sys
+from scripts.coca import encode_slides
+
+at, inside = int(sys.argv[1]), sys.argv[2] == "inside"
+encode, calls = encode_slides.encode, []
+
+def counted(*arguments):
+    calls.append(1)
+    if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(*arguments)
+
+def killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if inside:
+    encode_slides.encode = counted
+else:
+    encode_slides.publish = killed
+encode_slides.main(sys.argv[3:])
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(data, encoded, tmp_path):
-    out = tmp_path / "out"
-    started = [sys.executable, "-m", "scripts.coca.encode_slides", *command(data, out, slides_per_shard=1)]
-    encode_slides.main(command(data, tmp_path / "undisturbed", slides_per_shard=1))
-    running = subprocess.Popen(started, cwd=ROOT)
-    while running.poll() is None and len(list(tmp_path.glob("out.state/*/part-*.npy"))) < 3:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    subprocess.run(started, cwd=ROOT, check=True)
-    assert bytes_of(out) == bytes_of(tmp_path / "undisturbed")
+    """SIGKILL in the midst of the second shard, of the third, and when all are there but not published."""
+    options = command(data, tmp_path / "out")
+    for at, where in ((6, "inside"), (5, "inside"), (0, "after")):
+        started = [sys.executable, "-c", KILLED, str(at), where, *options]
+        done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        assert not (tmp_path / "out").exists()
+    subprocess.run([sys.executable, "-m", "scripts.coca.encode_slides", *options], cwd=ROOT, check=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(encoded)
 
 
 @pytest.mark.slow
@@ -169,6 +191,43 @@ def test_two_processes_equal_one(data, encoded, tmp_path):
     done = subprocess.run([*launch, *command(data, tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert bytes_of(tmp_path / "out") == bytes_of(encoded)
+
+
+LARGE = """
+import resource, sys
+from scripts.coca import encode_slides
+
+# what the interpreter and its libraries take is no matter of tiles
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+encode_slides.main(sys.argv[1:])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"chunks": (1000, 2560)}], ids=["whole", "chunked"])
+def test_a_hundred_thousand_tiles_of_2560_take_the_memory_of_the_tiles(tmp_path, options):
+    """Half a gigabyte, once."""
+    count, rng = 100_000, np.random.default_rng(0)
+    block = rng.normal(size=(10_000, 2560)).astype(np.float16)
+    (tmp_path / "slides").mkdir()
+    with h5py.File(tmp_path / "slides/a.h5", "w") as file:
+        made = file.create_dataset("features", (count, 2560), np.float16, **options)
+        for start in range(0, count, 10_000):
+            made[start : start + 10_000] = block + np.float16(start / count)
+    row = {"slide": "a", "path": "a.h5", "tiles": count, "dim": 2560, "key": "features"}
+    pd.DataFrame([row]).to_parquet(tmp_path / "manifest.parquet")
+    torch.manual_seed(0)
+    encoder = Perceiver(2560, **ENCODER)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    arguments = command(tmp_path, tmp_path / "out", encoder={"chunk_tiles": 4096}, dtype="float32")
+    done = subprocess.run([sys.executable, "-c", LARGE, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with h5py.File(tmp_path / "slides/a.h5") as file, torch.no_grad():
+        slide, latents = encoder(torch.from_numpy(file["features"][:])[None])  # keys and values of all tiles at once
+    found = Latents(tmp_path / "out").get("a")
+    np.testing.assert_allclose(found, torch.cat([slide[:, None], latents], dim=1)[0], atol=1e-4)
+    assert int(done.stdout.split()[-1]) < 1.4 * count * 2560 * 2
 
 
 # A checkpoint's encoder

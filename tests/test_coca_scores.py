@@ -34,7 +34,7 @@ def plain_interval(values, patients, seed=9) -> list[float]:
 )
 def test_text_measures_are_those_of_the_packages(captions, texts, tokenizer):
     patients = [str(i) for i in range(len(texts))]
-    made = scores.caption_scores(captions, texts, ["benign breast tissue", "x", "benign breast tissue"], patients)
+    made = scores.caption_scores(captions, texts, ["x", "benign breast tissue", "benign breast tissue"], patients)
     assert made["tokenizer"] == tokenizer
     assert made["bleu"]["value"] == pytest.approx(sacrebleu.corpus_bleu(captions, [texts], tokenize=tokenizer).score)
     chrf = [sacrebleu.sentence_chrf(one, [text]).score for one, text in zip(captions, texts, strict=True)]
@@ -129,6 +129,10 @@ def test_retrieval_counts_equal_texts_as_hits(n, seed):
             chance = np.mean([1 - math.comb(n - one, k) / math.comb(n, k) for one in right])
             assert made[name]["recall"][k]["baseline"] == pytest.approx(chance)
         assert made[name]["median_rank"]["value"] == np.median(ranks)
+        by_chance = [np.mean([1 - math.comb(n - one, k) / math.comb(n, k) for one in right]) for k in range(1, n + 1)]
+        floor = made[name]["median_rank"]
+        assert floor["baseline"] == next(k for k, one in enumerate(by_chance, start=1) if one >= 0.5 - 1e-12)
+        assert (floor["baseline_kind"], floor["higher_is_better"]) == ("chance", False)
     mean = np.mean([made[name]["recall"][2]["value"] for name in both])
     assert made["mean"][2]["value"] == pytest.approx(mean) and made["mean"][2]["n"] == n
 

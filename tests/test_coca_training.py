@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed
 
 from scripts.coca import (
@@ -38,7 +40,7 @@ from scripts.coca import (
 from scripts.coca.batches import Budget, Lengths
 from scripts.coca.pairs import Collate, Pairs, TileDraws
 from scripts.coca.perceiver import Perceiver
-from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
+from scripts.coca.settings import CocaSettings, EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.texts import Texts
 from scripts.coca.training import Fit
 from scripts.common import devices
@@ -329,6 +331,24 @@ def test_the_original_has_labels_of_the_local_batch_alone():
     two_processes(the_original_fails)
 
 
+def the_originals_gradient_is_a_half(rank: int) -> None:
+    """Its gather hands back the own rows of one process's gradient, which `DistributedDataParallel` then averages."""
+    from coca_pytorch.coca_pytorch import all_gather
+
+    data, theirs, whole = pairs_of(torch.float64), Towers(torch.float64), Towers(torch.float64)
+    contrast(*map(all_gather, theirs.encode(data[:, 6 * rank : 6 * rank + 6])), theirs.scale.detach()).backward()
+    contrast(*whole.encode(data), whole.scale.detach()).backward()
+    for (name, mine), wanted in zip(theirs.named_parameters(), whole.parameters(), strict=True):
+        if name != "scale":
+            distributed.all_reduce(mine.grad)
+            torch.testing.assert_close(mine.grad / 2, wanted.grad / 2, rtol=1e-9, atol=1e-12)
+            assert wanted.grad.abs().max() > 0
+
+
+def test_the_original_has_half_the_gradient_on_two_processes():
+    two_processes(the_originals_gradient_is_a_half)
+
+
 def test_rows_that_do_not_fit_are_a_defect():
     with pytest.raises(KilnError, match="process 0 has 3 rows of a global batch, expected 2"):
         contrastive.gather(torch.zeros(3, 1), contrastive.Sides((2, 1), 0))
@@ -384,6 +404,19 @@ def test_passes_of_the_model_equal_one_big_batch(data, budget):
         assert gradient.abs().max() > 0, name
 
 
+def step_of_two(rank: int, data: Path, wanted: dict[str, torch.Tensor]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+    fit = open_fit(data, clip_grad=0, max_tiles=70)
+    assert (fit.rank, fit.ranks) == (rank, 2)
+    for name, gradient in first_step(fit).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_gradient_of_two_processes_is_that_of_one_big_batch(data):
+    """Of the whole model and both losses, each process with several passes of its own."""
+    two_processes(step_of_two, data, first_step(open_fit(data, clip_grad=0)))
+
+
 @pytest.fixture
 def anew():
     """accelerate's state, which otherwise keeps the precision of this process's first training."""
@@ -421,6 +454,58 @@ def test_the_loss_of_a_step_is_that_of_its_definition(data):
                      same_text_negatives=True)  # fmt: skip
     first_step(again)
     assert asked[-1]["same"] is None
+
+
+PLUGIN = """
+from scripts.coca import losses
+
+def loss_terms(**tensors):
+    terms = losses.loss_terms(**tensors)
+    return terms | {f"more {name}": 0.5 * value for name, value in terms.items()}
+"""
+
+
+def test_a_users_function_takes_the_place_of_the_loss(data, tmp_path):
+    """Half of each term once more is as much as weights of 1.5, and each term has its curve."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    train.main(training(data, tmp_path / "by_user", epochs=1, loss_plugin=str(tmp_path / "plugin.py")))
+    train.main(training(data, tmp_path / "by_weights", epochs=1, caption_weight=1.5, contrastive_weight=1.5))
+    (row,), (other,) = history(tmp_path / "by_user"), history(tmp_path / "by_weights")
+    assert row["more caption"] == pytest.approx(row["caption"] / 2)
+    assert row["caption"] + row["more caption"] == pytest.approx(other["caption"], rel=1e-4)
+    for name in ("val_caption", "val_contrastive", "contrastive"):
+        assert row[name] == pytest.approx(other[name], rel=1e-4), name
+    assert "loss plugin" in json.loads((tmp_path / "by_user/meta.json").read_text())["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "plugin.py: no such file"),
+        ("loss_terms = 3", "no function loss_terms"),
+        ("import nowhere_at_all", "cannot be imported .ModuleNotFoundError"),
+        ("def loss_terms(**tensors): return {}", r"loss_terms\(logits, .*\) gave {}"),
+        ("def loss_terms(**tensors): return {'caption': 0.5}", "gave caption: float"),
+        ("def loss_terms(logits=None, **tensors): return {'caption': logits}", r"gave caption: \[11, "),
+    ],
+)
+def test_a_users_function_that_is_none_is_refused(data, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "plugin.py").write_text(text)
+    with pytest.raises(KilnError, match=message):
+        train.main(training(data, tmp_path / "out", loss_plugin=str(tmp_path / "plugin.py")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_that_is_no_number_stops(data, tmp_path):
+    (tmp_path / "plugin.py").write_text(
+        "import torch\nfrom scripts.coca import losses\n\ndef loss_terms(**tensors):\n"
+        "    factor = 1.0 if torch.is_grad_enabled() else float('nan')\n"
+        "    return {name: factor * value for name, value in losses.loss_terms(**tensors).items()}\n"
+    )
+    with pytest.raises(KilnError, match="the validation loss is nan at step [0-9]+, epoch 0, .*: caption nan"):
+        train.main(training(data, tmp_path / "out", loss_plugin=str(tmp_path / "plugin.py")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_draws_of_tiles_follow_seed_epoch_and_slide(data):
@@ -463,6 +548,99 @@ def test_it_learns_and_writes_what_it_says(data, trained):
     assert not (data / "trained.state").exists()
 
 
+def test_best_and_last_are_the_weights_of_their_epochs(data, tmp_path):
+    """At so high a rate retrieval gets worse again, so that the best epoch is not the last."""
+    out = tmp_path / "out"
+    train.main(training(data, out, epochs=6, lr=0.1, final_lr=0.1, clip_grad=0, save_every=1))
+    metrics = json.loads((out / "metrics.json").read_text())
+    recalls = [row["val_recall"] for row in metrics["history"]]
+    best = recalls.index(max(recalls)) + 1
+    assert metrics["chosen"]["epoch"] == best < 6
+    for name, epoch in (("model", best), ("last", 6)):
+        facts, tensors = checkpoints.read(out / f"{name}.safetensors")
+        kept = checkpoints.read(out / f"epochs/epoch-{epoch:04d}.safetensors")
+        assert facts == kept[0] and facts.epoch == epoch
+        assert all(torch.equal(tensors[key], value) for key, value in kept[1].items())
+
+
+@torch.no_grad()
+def test_validation_is_that_of_the_model_pair_by_pair(data, trained):
+    """Without padding, passes or masks; equal texts are right, and no candidate that is as near comes before."""
+    model, _ = checkpoints.load(trained / "last.safetensors", data / "tokenizer")
+    table, texts = side_of(data, "validation"), Texts.load(data / "tokenizer")
+    draws = TileDraws(data / "slides", table, 24, 42)
+    latents, loss, tokens = [], 0.0, 0
+    for index, text in enumerate(table["text"]):
+        ids = torch.tensor([texts.encode(text, 32)[0]])
+        out = model(ids, torch.from_numpy(draws.read(index, 0))[None])
+        latents.append(torch.cat([out.text_latents, out.image_latents]))
+        loss -= float(out.logits[0, :-1].log_softmax(dim=1)[range(ids.shape[1] - 1), ids[0, 1:]].sum())
+        tokens += ids.shape[1] - 1
+    text, image = torch.stack(latents).unbind(dim=1)
+    row = history(trained)[-1]
+    assert row["val_caption"] == pytest.approx(loss / tokens, rel=1e-4)
+    equal = table["text"].to_numpy()[:, None] == table["text"].to_numpy()
+    found = []
+    for k in (1, 5, 10):
+        both = []
+        for similarity in (text @ image.T, image @ text.T):
+            best = similarity.masked_fill(~torch.from_numpy(equal), -2).amax(dim=1, keepdim=True)
+            wrong = ((similarity >= best) & ~torch.from_numpy(equal)).sum(dim=1)
+            both.append((wrong < k).double().mean().item())
+        found.append(sum(both) / 2)
+        assert row[f"val_r{k}"] == pytest.approx(found[-1], abs=1e-9)
+    assert row["val_recall"] == pytest.approx(sum(found) / 3)
+
+
+def test_matrices_decay_and_nothing_else(data):
+    fit = open_fit(data, weight_decay=0.3)
+    rates = {id(p): group["weight_decay"] for group in fit.optimiser.param_groups for p in group["params"]}
+    names = {name: rates[id(p)] for name, p in fit.model.named_parameters()}
+    assert len(rates) == len(names)
+    still = ("norm", "gamma", "bias", "temperature", "token_emb", "queries", "cls_token", "latents")
+    for name, rate in names.items():
+        is_matrix = name.endswith("to_latents.weight") or not any(one in name for one in still)
+        assert rate == (0.3 if is_matrix else 0.0), name
+
+
+def test_the_rate_warms_up_and_follows_a_cosine(data, tmp_path):
+    out = tmp_path / "out"
+    train.main(training(data, out, warmup=0.5, final_lr=1e-3, tracker="tensorboard"))
+    steps = json.loads((out / "metrics.json").read_text())["steps"]
+    rates = [row["lr"] for row in history(out)]
+    for epoch, rate in enumerate(rates, start=1):
+        done, half = epoch * steps // 4, steps // 2
+        cosine = 0.5 * (1 + math.cos(math.pi * (done - 1 - half) / (steps - 1 - half)))
+        assert rate == pytest.approx(1e-2 * done / half if done <= half else 1e-3 + 9e-3 * cosine)
+    curves = EventAccumulator(str(tmp_path / "out.curves")).Reload()
+    assert {"lr", "caption", "contrastive", "scale", "val_caption", "val_recall"} <= set(curves.Tags()["scalars"])
+    assert [one.value for one in curves.Scalars("lr")] == pytest.approx(rates)
+    assert [one.step for one in curves.Scalars("val_recall")] == [steps * n // 4 for n in range(1, 5)]
+
+
+def test_gradients_are_clipped(data):
+    free, clipped = (first_step(open_fit(data, clip_grad=most)) for most in (0, 0.05))
+    length = torch.stack([one.norm() for one in free.values()]).norm()
+    assert length > 0.1
+    for name, gradient in free.items():
+        torch.testing.assert_close(clipped[name], gradient * 0.05 / length, rtol=1e-3, atol=1e-9, msg=name)
+
+
+def test_published_values_are_the_defaults():
+    values = CocaSettings()
+    train = values.train
+    assert (train.max_seq_len, train.batch_size, train.epochs, train.lr, train.weight_decay) == (512, 4, 10, 1e-4, 0.01)
+    assert (train.caption_weight, train.contrastive_weight, train.save_every, train.temperature) == (1, 1, 5, 1)
+    assert (values.split.validation, values.list.tile_dim, values.encoder.dim) == (0.1, 2560, 1280)
+    model = values.model
+    assert (model.dim, model.unimodal_depth, model.multimodal_depth, model.dim_latents) == (1024, 6, 6, 5120)
+    assert (model.image_queries, model.dim_head, model.heads, model.ff_mult) == (256, 64, 8, 4)
+    perceiver = values.encoder
+    assert (perceiver.latents, perceiver.depth, perceiver.transformer_depth, perceiver.heads) == (512, 8, 6, 8)
+    assert (perceiver.mlp_ratio, perceiver.weights, perceiver.is_frozen) == (1, None, False)
+    assert values.list.keys == ("embeddings", "features", "feats") and values.caption.max_length == 100
+
+
 def test_texts_that_are_cut_are_counted(data, tmp_path):
     train.main(training(data, tmp_path / "out", max_seq_len=6, epochs=1, save_every=0))
     sides = json.loads((tmp_path / "out/metrics.json").read_text())["sides"]
@@ -493,6 +671,8 @@ def test_bad_input_stops_and_leaves_nothing(data, tmp_path, changes, message):
 
 
 def test_an_encoder_and_what_it_reads_must_fit(data, tmp_path):
+    with pytest.raises(KilnError, match="a frozen slide encoder with random weights tells nothing of a slide"):
+        train.main(training(data, tmp_path / "out", "--settings", "encoder.frozen=true"))
     frozen = json.dumps({"encoder": {"weights": "some.safetensors"}})
     with pytest.raises(KilnError, match="the slide encoder is frozen, and --slides gives tiles"):
         train.main(training(data, tmp_path / "out", "--settings", frozen))

@@ -590,5 +590,5 @@ def test_a_wrong_number_of_rewards(made, says, tmp_path):
 
 def test_a_plugin_that_is_missing(tmp_path):
     for name in ("none.py", "folder", "reward.txt"):
-        with pytest.raises(KilnError, match="no such reward plugin"):
+        with pytest.raises(KilnError, match="no such plugin"):
             reward_plugin.load_scorer(RewardSettings(plugin=str(tmp_path / name)))

@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.coca import checkpoints, sides, stored_latents, texts
-from scripts.coca.generation import greedy
+from scripts.coca import checkpoints, generation, sides, texts
+from scripts.coca.latents import Latents
 from scripts.coca.settings import CaptionSettings
 from scripts.common import devices, progress, step, tables
 
@@ -40,11 +40,12 @@ def run(args: argparse.Namespace) -> None:
     model, facts = checkpoints.load(args.checkpoint, args.tokenizer)
     coca = model.coca.to(accelerator.device)
     slides, size, captions = asked["slide"].to_list(), values.batch_size, []
-    latents = stored_latents.open_latents(args.latents, args.checkpoint, facts, slides)
-    batches = stored_latents.batches(latents, slides, size)
-    for image_tokens in progress.bar(batches, "caption", -(-len(slides) // size)):
+    encoder = checkpoints.encoder_sha256(args.checkpoint, facts)
+    latents = Latents(args.latents, facts.encoder["dim"], slides, encoder)
+    for image_tokens in progress.bar(latents.batches(slides, size), "caption", -(-len(slides) // size)):
         with accelerator.autocast():
-            captions += greedy(coca, image_tokens.to(accelerator.device), None, tokens, values.max_length)
+            own = slides[len(captions) : len(captions) + size]
+            captions += generation.captions(coca, image_tokens.to(accelerator.device), tokens, values, own)
     table = asked[["slide", "side", "text"]].assign(caption=captions)
     tables.write_table(args.output, table, ["slide"])
     empty = sum(not one.strip() for one in captions)

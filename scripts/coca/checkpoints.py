@@ -62,30 +62,16 @@ def save(path: Path, model: SlideModel, facts: Facts) -> None:
         save_file(tensors, temporary, metadata={"kiln": json.dumps(facts._asdict(), sort_keys=True)})
 
 
-def read_facts(path: Path) -> Facts:
-    """The facts of a checkpoint, without its tensors.
-
-    Raises:
-        KilnError: the file is missing, damaged, or of another kind.
-    """
-    return _open(path, tensors=False)[0]
-
-
 def read(path: Path) -> tuple[Facts, dict[str, torch.Tensor]]:
     """Facts and tensors of a checkpoint, on the CPU.
 
     Raises:
         KilnError: the file is missing, damaged, or of another kind.
     """
-    return _open(path, tensors=True)
-
-
-def _open(path: Path, tensors: bool) -> tuple[Facts, dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as handle:
             facts: dict[str, Any] = json.loads((handle.metadata() or {})["kiln"])
-            names = handle.keys() if tensors else ()
-            return Facts(**facts), {name: handle.get_tensor(name) for name in names}
+            return Facts(**facts), {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises an error class of its own
         raise KilnError(f"{path}: no checkpoint of a CoCa model: {type(error).__name__}: {error}", AGAIN) from None
 
@@ -111,6 +97,11 @@ def load(path: Path, tokenizer: Path | None) -> tuple[SlideModel, Facts]:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise KilnError(f"{path}: not the model that it describes: {error}", AGAIN) from None
     return model.eval(), facts
+
+
+def encoder_sha256(path: Path, facts: Facts) -> str:
+    """Hash of the file that holds the slide encoder of the checkpoint at `path`: a frozen one's own, or itself."""
+    return facts.encoder_sha256 or artefacts.input_hash(path)
 
 
 def check_tokenizer(path: Path, facts: Facts, folder: Path) -> None:

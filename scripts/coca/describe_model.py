@@ -181,7 +181,7 @@ def limits(metrics: Mapping[str, Any], args: argparse.Namespace, licence: str | 
     written, test = metrics["captions"], metrics["data"]["test"]
     lines.append(
         f"{test['repeated_texts']:,} of {test['slides']:,} test slides share their text with another one; any of these "
-        f"counts as found. Captions are greedy: {written['distinct']:,} distinct ones, {written['empty']:,} empty."
+        f"counts as found. {written['distinct']:,} of the captions are distinct, {written['empty']:,} are empty."
     )
     if "diagnosis" in metrics:
         one = metrics["diagnosis"]

@@ -1,13 +1,12 @@
 """Latents of every slide by a slide encoder, once, so that nothing after it reads tiles again.
 
-Rule `coca_encode_slides`. Slides are read one by one and looked at in chunks of tiles, so that memory grows with the
-tiles of the longest slide alone. Killed at any moment, the same command carries on from whole shards and, on a CPU,
-ends with the same bytes. Under torchrun each process takes every n-th shard.
+Rule `coca_encode_slides`. Slides are read one by one, by slab, and looked at in chunks of tiles, so that memory grows
+with the tiles of the longest slide alone. Killed at any moment, the same command carries on from whole shards and, on a
+CPU, ends with the same bytes. Under torchrun each process takes every n-th shard.
 """
 
 import argparse
 import contextlib
-import itertools
 import logging
 import os
 import shutil
@@ -21,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from scripts.coca import checkpoints
 from scripts.coca.latents import shard_name
-from scripts.coca.perceiver import Perceiver
+from scripts.coca.perceiver import Perceiver, encode
 from scripts.coca.settings import EncoderSettings, EncodeSettings
 from scripts.coca.slide_model import encoder_shape
-from scripts.coca.slides import open_slide, read_tiles
+from scripts.coca.slides import SlideFile, open_listed, read_tiles
 from scripts.common import artefacts, devices, parts, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.listed_images import unwrapped
@@ -32,6 +31,7 @@ from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import fingerprint
 
 COLUMNS = ["slide", "path", "tiles", "dim", "key"]
+SLAB_BYTES = 4 * 2**20  # workers hand slabs over in shared memory, of which a container has 64 MiB
 
 
 class EncodeSlidesSettings(Settings):
@@ -41,43 +41,36 @@ class EncodeSlidesSettings(Settings):
     encode: EncodeSettings = EncodeSettings()
 
 
-class Slides(Dataset):
-    """Tiles [N,dim] of each slide of a table, as stored; for a slide that cannot be read, the error (`unwrapped`).
+class Slabs(Dataset):
+    """Tiles [n,dim] of slides, slab by slab, as stored; of a slab that cannot be read, the error (`unwrapped`)."""
 
-    Args:
-        folder: of the slides.
-        table: manifest.parquet's slide, path, tiles, dim and key.
-    """
-
-    def __init__(self, folder: Path, table: pd.DataFrame):
-        self.folder, self.rows = folder, list(table[COLUMNS].itertuples(index=False))
+    def __init__(self, slides: Sequence[SlideFile]):
+        self.slabs = [(slide, *slab) for slide in slides for slab in slide.slabs(SLAB_BYTES)]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.slabs)
 
     def __getitem__(self, index: int) -> torch.Tensor | KilnError:
         try:
-            return self._read(self.rows[index])
+            return torch.from_numpy(read_tiles(*self.slabs[index]))
         except KilnError as error:
             return error
 
-    def _read(self, row) -> torch.Tensor:
-        path = self.folder / row.path
-        slide = open_slide(path, (row.key,))
-        if (slide.tiles, slide.dim) != (row.tiles, row.dim):
-            raise KilnError(
-                f"{path}: {slide.tiles} tiles of {slide.dim}; when it was listed, {row.tiles} of {row.dim}",
-                "run again: the folder is scanned anew, and what is done stays done",
-            )
-        return torch.from_numpy(read_tiles(slide))
 
+def read_slides(slides: Sequence[SlideFile], workers: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """All tiles [N,dim] of each slide, as stored, on `device`; beside these no more than a few slabs are in memory.
 
-@torch.inference_mode()
-def encode(tiles: torch.Tensor, encoder: Perceiver, chunk: int, accelerator) -> np.ndarray:
-    """[1 + latents, dim] float32 of tiles [N,tile_dim] of any float type; the first row stands for the slide."""
-    with accelerator.autocast():
-        slide, latents = encoder(tiles[None].to(accelerator.device), chunk=chunk)
-    return torch.cat([slide[:, None], latents], dim=1)[0].float().cpu().numpy()
+    Raises:
+        KilnError: a slide is no longer what it was.
+    """
+    slabs = Slabs(slides)
+    workers = min(workers, len(slabs))
+    parts = iter(DataLoader(slabs, batch_size=None, num_workers=workers))
+    for slide in slides:
+        tiles = torch.empty(slide.tiles, slide.dim, dtype=getattr(torch, slide.dtype), device=device)
+        for start, stop in slide.slabs(SLAB_BYTES):
+            tiles[start:stop] = unwrapped(next(parts))
+        yield tiles
 
 
 def write_shard(path: Path, rows: Iterator[tuple[str, np.ndarray]], count: int, dtype: str) -> None:
@@ -155,19 +148,16 @@ def run(args: argparse.Namespace) -> None:
     encoder.to(accelerator.device)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
-    slides = Slides(args.slides, table)
 
-    def read(shards: list[range]) -> Iterator[Iterator]:
-        rows = list(itertools.chain.from_iterable(shards))
-        workers = min(own.workers, len(rows))
-        loader = DataLoader(
-            slides, batch_size=None, sampler=rows, num_workers=workers, prefetch_factor=1 if workers else None
-        )
-        every = iter(loader)
-        return (itertools.islice(every, len(shard)) for shard in shards)
 
-    def build(rows: range, read_tiles: Iterator, file: Path) -> None:
-        found = (encode(unwrapped(tiles), encoder, values.encoder.chunk_tiles, accelerator) for tiles in read_tiles)
+    def read(shards: list[range]) -> Iterator[Iterator[torch.Tensor]]:
+        for rows in shards:
+            chosen = table.iloc[rows].itertuples()
+            opened = [open_listed(args.slides / row.path, row.key, row.tiles, row.dim) for row in chosen]
+            yield read_slides(opened, own.workers, accelerator.device)
+
+    def build(rows: range, slides: Iterator[torch.Tensor], file: Path) -> None:
+        found = (encode(tiles, encoder, values.encoder.chunk_tiles, accelerator) for tiles in slides)
         write_shard(file, zip(table["slide"].iloc[rows], found, strict=True), len(rows), own.dtype)
 
     with parts.built(

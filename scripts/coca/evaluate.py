@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from scripts.coca import checkpoints, embedding, scores, sides, stored_latents, texts
+from scripts.coca import checkpoints, embedding, scores, sides, texts
 from scripts.coca.latents import Latents
 from scripts.coca.settings import EvaluateSettings
 from scripts.coca.texts import Texts
@@ -66,7 +66,7 @@ def read_captions(path: Path, test: pd.DataFrame) -> list[str]:
 
 def embed_slides(coca, latents: Latents, slides: Sequence[str], accelerator) -> np.ndarray:
     """Unit vectors [N, dim_latents] float32 of slides, in order."""
-    made = stored_latents.batches(latents, slides, embedding.BATCH)
+    made = latents.batches(slides, embedding.BATCH)
     count = -(-len(slides) // embedding.BATCH)
     return np.concatenate(
         [embedding.embed_images(coca, one, accelerator) for one in progress.bar(made, "embed", count)]
@@ -209,7 +209,8 @@ def run(args: argparse.Namespace) -> None:
 
     model = Model(args.checkpoint, args.tokenizer, values.max_seq_len, accelerator)
     asked = test["slide"].to_list()
-    latents = stored_latents.open_latents(args.latents, args.checkpoint, model.facts, asked)
+    encoder = checkpoints.encoder_sha256(args.checkpoint, model.facts)
+    latents = Latents(args.latents, model.facts.encoder["dim"], asked, encoder)
     images = embed_slides(model.coca, latents, asked, accelerator)
     similarity = images @ model.embed(strings).T
     retrieved = scores.retrieval_scores(similarity, strings, patients, own.ks)

@@ -1,8 +1,10 @@
 """Latents of slides as rule `coca_encode_slides` stores them: plain .npy shards, read through memory maps."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from scripts.common import artefacts, tables
 from scripts.common.errors import KilnError
@@ -26,12 +28,16 @@ class Latents:
     Args:
         folder: of rule coca_encode_slides.
         dim: width that is expected; None: any.
+        slides: that there must be.
+        encoder_sha256: of the weights of the slide encoder that is expected; None: any.
 
     Raises:
-        KilnError: no such folder, one that is damaged, or latents of another width.
+        KilnError: no such folder, one that is damaged, latents of another width or encoder, or not of all `slides`.
     """
 
-    def __init__(self, folder: Path, dim: int | None = None):
+    def __init__(
+        self, folder: Path, dim: int | None = None, slides: Sequence[str] = (), encoder_sha256: str | None = None
+    ):
         self.folder = folder
         facts = artefacts.read_json(folder / "summary.json")
         try:
@@ -44,10 +50,18 @@ class Latents:
                 f"{folder}: latents of width {self.dim}, expected {dim}",
                 "encode the slides with the slide encoder of this model",
             )
+        if encoder_sha256 is not None and self.encoder_sha256 != encoder_sha256:
+            raise KilnError(
+                f"{folder}: latents of slide encoder {self.encoder_sha256[:12]}, but the model has "
+                f"{encoder_sha256[:12]}",
+                "encode the slides with the slide encoder of this model: rule coca_encode_slides",
+            )
         index = tables.read_table(folder / "index.parquet", ["slide", "shard", "row"])
         places = zip(index["shard"].tolist(), index["row"].tolist(), strict=True)
         self._places = dict(zip(index["slide"].tolist(), places, strict=True))
         self._maps: dict[int, np.ndarray] = {}
+        for slide in slides:
+            self.get(slide)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -72,6 +86,11 @@ class Latents:
         if row >= len(self._maps[shard]):
             raise KilnError(f"{self.folder / shard_name(shard)}: no row {row} (slide {slide})", AGAIN)
         return self._maps[shard][row]
+
+    def batches(self, slides: Sequence[str], size: int) -> Iterator[torch.Tensor]:
+        """Image tokens float32 [B, latents, dim] of slides, in order; the vector of the whole slide is none of them."""
+        for start in range(0, len(slides), size):
+            yield torch.from_numpy(np.stack([self.get(one)[1:] for one in slides[start : start + size]])).float()
 
     def _open(self, path: Path) -> np.ndarray:
         try:

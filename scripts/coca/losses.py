@@ -48,7 +48,10 @@ def loss_terms(
     caption_weight: float = 1.0,
     contrastive_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The loss of a batch as {name: weighted scalar}, whose sum is minimised; the one place to change it.
+    """The loss of a batch as {name: weighted scalar}, whose sum is minimised.
+
+    The one place to change it; or `coca.train.loss_plugin` names a file with a function of this name, which is called
+    with these keywords and should take others too: it may call this one and add terms, or do without.
 
     A batch that takes several forward passes asks for `caption` once per pass, each pass giving its share, and for
     `contrastive` once with the latents of all passes. A term whose tensors are None is left out.

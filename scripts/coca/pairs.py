@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from scripts.coca.latents import Latents
-from scripts.coca.slides import SlideFile, iterate_tiles, open_slide, read_tiles
+from scripts.coca.slides import SlideFile, iterate_tiles, open_listed, read_tiles
 from scripts.coca.texts import Texts
 from scripts.common.artefacts import sha256_text
 from scripts.common.data_order import item_seed
@@ -77,7 +77,7 @@ class TileDraws:
         """
         tiles = int(self.tiles[index])
         if index not in self._opened:
-            self._opened[index] = self._open(index)
+            self._opened[index] = open_listed(self.folder / self.paths[index], self.keys[index], tiles, self.dim)
         slide = self._opened[index]
         if self.limit is None or tiles <= self.limit:
             return read_tiles(slide)
@@ -88,16 +88,6 @@ class TileDraws:
             parts.append(slab[rows[(rows >= start) & (rows < start + len(slab))] - start])
             start += len(slab)
         return np.concatenate(parts)
-
-    def _open(self, index: int) -> SlideFile:
-        path, tiles = self.folder / self.paths[index], int(self.tiles[index])
-        slide = open_slide(path, (self.keys[index],))
-        if (slide.tiles, slide.dim) != (tiles, self.dim):
-            raise KilnError(
-                f"{path}: {slide.tiles} tiles of {slide.dim}; when it was listed, {tiles} of {self.dim}",
-                "run again: the folder is scanned anew, and what is done stays done",
-            )
-        return slide
 
 
 class StoredLatents:
@@ -112,10 +102,8 @@ class StoredLatents:
     """
 
     def __init__(self, folder: Path, table: pd.DataFrame, dim: int):
-        self.latents, self.slides = Latents(folder, dim), table["slide"].to_list()
-        for slide in self.slides:
-            self.latents.get(slide)
-        self.dim = dim
+        self.slides, self.dim = table["slide"].to_list(), dim
+        self.latents = Latents(folder, dim, self.slides)
         self.sizes = np.full(len(self.slides), self.latents.latents, np.int64)
 
     def read(self, index: int, epoch: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
@@ -241,6 +242,14 @@ class Perceiver(nn.Module):
         if greatest >= self.depth or 1 < greatest < self.depth - 1:
             raise KilnError(f"{path}: {greatest + 1} layers, expected {self.depth} (encoder.depth)", HINT)
         return own
+
+
+@torch.inference_mode()
+def encode(tiles: torch.Tensor, encoder: Perceiver, chunk: int, accelerator) -> np.ndarray:
+    """[1 + latents, dim] float32 of tiles [N,tile_dim] of any float type; the first row stands for the slide."""
+    with accelerator.autocast():
+        slide, latents = encoder(tiles[None].to(accelerator.device), chunk=chunk)
+    return torch.cat([slide[:, None], latents], dim=1)[0].float().cpu().numpy()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

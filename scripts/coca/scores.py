@@ -156,7 +156,7 @@ def retrieval_scores(
         similarity: [N, N], rows are slides, columns their texts.
         ks: those above N are left out, and named.
 
-    Returns: per direction `n`, `recall` {k: entry, beside chance}, `median_rank`; and `mean` {k: entry} of both
+    Returns: per direction `n`, `recall` {k: entry} and `median_rank`, beside chance; and `mean` {k: entry} of both
         directions' recall.
     """
     n = len(texts)
@@ -173,7 +173,9 @@ def retrieval_scores(
         found[name] = {
             "n": n,
             "recall": {k: entry(one["ranks"] <= k, patients, one["chance"][k], "chance") for k in fitting},
-            "median_rank": entry(one["ranks"], patients, statistic="median", higher_is_better=False),
+            "median_rank": entry(
+                one["ranks"], patients, one["chance_median_rank"], "chance", "median", higher_is_better=False
+            ),
         }
     found["mean"] = {}
     for k in fitting:

@@ -109,6 +109,9 @@ class TrainSettings(Settings):
     same_text_negatives: bool = Field(
         False, description="count pairs of equal texts as negatives, as the original does"
     )
+    loss_plugin: str | None = Field(
+        None, description="a .py file whose function loss_terms takes the place of that in scripts/coca/losses.py"
+    )
     init_from: str | None = Field(None, description="a model.safetensors to start from")
     best_by: Literal["retrieval", "loss"] = Field(
         "retrieval", description="validation score that chooses the best epoch"
@@ -134,11 +137,21 @@ class EncodeSettings(Settings):
 
 
 class CaptionSettings(Settings):
-    """Greedy captions."""
+    """Captions: greedy, by beam search, or drawn."""
 
     max_length: int = Field(100, gt=0, description="new tokens")
+    beams: int = Field(1, gt=0, description="texts kept at each place, the likeliest is taken; 1: greedy")
+    top_k: int | None = Field(None, gt=0, description="draw each token from so many likeliest; null: greedy or beams")
+    temperature: float = Field(1.0, gt=0, description="of draws; lower is closer to greedy")
+    seed: int = Field(42, ge=0, description="of draws")
     batch_size: int = Field(32, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _beams_or_draws(self):
+        if self.beams > 1 and self.top_k:
+            raise ValueError(f"beams {self.beams} and top_k {self.top_k}: give one of them")
+        return self
 
 
 class EvaluateSettings(Settings):
@@ -196,5 +209,5 @@ class CocaSettings(Settings):
     caption: CaptionSettings = CaptionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     resources: Literal["gpu_single", "gpu_node"] = execution(
-        "gpu_single", description="class of the rules with a model"
+        "gpu_single", description="class of the rules that train and encode"
     )

@@ -3,11 +3,31 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from scripts.coca.split import read_splits
 from scripts.common import tables
 from scripts.common.errors import KilnError
+
+SIDES = ("train", "validation", "test")
+COLUMNS = ("slide", "patient", "side")
+
+
+def read_splits(path: Path) -> pd.DataFrame:
+    """splits.csv of rule coca_split: columns slide, patient, side, all text.
+
+    Raises:
+        KilnError: a missing file or column, a slide twice, or an unknown side; names the row (first row = 1).
+    """
+    frame = tables.read_table(path, COLUMNS)
+    for bad, says in (
+        (frame["slide"].duplicated(), "a second row for this slide"),
+        (~frame["side"].isin(SIDES), f"its side is none of {', '.join(SIDES)}"),
+    ):
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise KilnError(f"{path}, row {row + 1}: {frame['slide'][row]}: {says}", "make it anew by rule coca_split")
+    return frame
 
 
 def read(manifest: Path, splits: Path, columns: Sequence[str] = ()) -> pd.DataFrame:

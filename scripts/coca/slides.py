@@ -34,7 +34,8 @@ class SlideError(KilnError):
 
 
 class SlideFile(NamedTuple):
-    """The features of a slide: data set `key` of file `path`, [tiles,dim] or, if `batched`, [1,tiles,dim]."""
+    """The features of a slide: data set `key` of file `path`, [tiles,dim] or, if `batched`, [1,tiles,dim], in chunks of
+    `chunk` tiles (1: in one piece)."""
 
     path: Path
     key: str
@@ -42,6 +43,13 @@ class SlideFile(NamedTuple):
     dim: int
     dtype: str
     batched: bool
+    chunk: int
+
+    def slabs(self, size: int = SLAB_BYTES) -> list[tuple[int, int]]:
+        """(start, stop) of slabs of about `size` bytes, of whole chunks, so that none is unpacked twice."""
+        rows = size // (self.dim * np.dtype(self.dtype).itemsize)
+        rows = self.chunk * max(1, math.ceil(rows / self.chunk))
+        return [(start, min(start + rows, self.tiles)) for start in range(0, self.tiles, rows)]
 
 
 def open_slide(path: Path, keys: Sequence[str]) -> SlideFile:
@@ -62,6 +70,22 @@ def open_slide(path: Path, keys: Sequence[str]) -> SlideFile:
         raise SlideError(path, f"no data set {' or '.join(keys)}: it has {there}", "name it in coca.list.keys")
 
 
+def open_listed(path: Path, key: str, tiles: int, dim: int) -> SlideFile:
+    """The slide at `path`, which had so many tiles of that width under `key` when it was listed.
+
+    Raises:
+        SlideError: as `open_slide`.
+        KilnError: it has others now, or is gone.
+    """
+    slide = open_slide(path, (key,))
+    if (slide.tiles, slide.dim) != (tiles, dim):
+        raise KilnError(
+            f"{path}: {slide.tiles} tiles of {slide.dim}; when it was listed, {tiles} of {dim}",
+            "run again: the folder is scanned anew, and what is done stays done",
+        )
+    return slide
+
+
 def read_tiles(slide: SlideFile, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Tiles `start` to `stop` (all: None), [n,dim] in the type that they are stored in, in this machine's byte order.
 
@@ -76,20 +100,16 @@ def read_tiles(slide: SlideFile, start: int = 0, stop: int | None = None) -> np.
         return _read(slide, _same(slide, file), start, stop)
 
 
-def iterate_tiles(slide: SlideFile, rows: int | None = None) -> Iterator[np.ndarray]:
-    """All tiles in order, in slabs of about `rows` (None: 16 MiB); a slab is whole chunks, so none is read twice.
+def iterate_tiles(slide: SlideFile) -> Iterator[np.ndarray]:
+    """All tiles in order, in slabs of about 16 MiB.
 
     Raises:
         SlideError, KilnError: as `read_tiles`.
     """
-    rows = rows or max(1, SLAB_BYTES // (slide.dim * np.dtype(slide.dtype).itemsize))
     with _opened(slide.path) as file:
         dataset = _same(slide, file)
-        if dataset.chunks:
-            chunk = dataset.chunks[-2]
-            rows = chunk * math.ceil(rows / chunk)
-        for start in range(0, slide.tiles, rows):
-            yield _read(slide, dataset, start, min(start + rows, slide.tiles))
+        for start, stop in slide.slabs():
+            yield _read(slide, dataset, start, stop)
 
 
 @contextlib.contextmanager
@@ -185,7 +205,8 @@ def _describe(path: Path, key: str, dataset: h5py.Dataset) -> SlideFile:
         raise SlideError(path, "no tiles")
     if not _is_written(dataset):
         raise SlideError(path, f"unfinished: tiles of {ascii(key)} were never written")
-    return SlideFile(path, key, shape[-2], shape[-1], dtype, batched)
+    chunk = dataset.chunks[-2] if dataset.chunks else 1
+    return SlideFile(path, key, shape[-2], shape[-1], dtype, batched, chunk)
 
 
 def _show(shape: tuple[int, ...] | None) -> str:

@@ -8,16 +8,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from scripts.coca.settings import SplitSettings
+from scripts.coca.sides import COLUMNS, SIDES
 from scripts.common import artefacts, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.hashed import unit
-
-SIDES = ("train", "validation", "test")
-COLUMNS = ("slide", "patient", "side")
 
 
 def side_of(patient: str, values: SplitSettings) -> str:
@@ -60,23 +57,6 @@ def describe(frame: pd.DataFrame) -> dict:
         if side != "train":
             made[side]["slides_with_a_text_of_train"] = int(own["text"].isin(in_train).sum())
     return made
-
-
-def read_splits(path: Path) -> pd.DataFrame:
-    """splits.csv of this rule: columns slide, patient, side, all text.
-
-    Raises:
-        KilnError: a missing file or column, a slide twice, or an unknown side; names the row (first row = 1).
-    """
-    frame = tables.read_table(path, COLUMNS)
-    for bad, says in (
-        (frame["slide"].duplicated(), "a second row for this slide"),
-        (~frame["side"].isin(SIDES), f"its side is none of {', '.join(SIDES)}"),
-    ):
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise KilnError(f"{path}, row {row + 1}: {frame['slide'][row]}: {says}", "make it anew by rule coca_split")
-    return frame
 
 
 def main(argv: Sequence[str] | None = None) -> None:

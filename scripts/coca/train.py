@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scripts.coca import checkpoints, sides, slide_model, texts
+from scripts.coca import checkpoints, loss_plugin, losses, sides, slide_model, texts
 from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
@@ -57,6 +57,34 @@ def open_images(args: argparse.Namespace, values: TrainStepSettings, table: pd.D
     if args.latents is not None:
         return StoredLatents(args.latents, table, values.encoder.dim)
     return TileDraws(args.slides, table, values.train.tiles_per_slide, values.train.seed)
+
+
+def input_files(args: argparse.Namespace, values: TrainStepSettings) -> dict[str, Path]:
+    """{name: file} of what decides the weights beside settings and code; of the slides the manifest tells."""
+    files = {"manifest": args.manifest, "splits": args.splits, **texts.identity(args.tokenizer)}
+    if args.latents:
+        files |= {f"latents {name}": args.latents / name for name in ("index.parquet", "summary.json")}
+    if args.encoder_weights and not values.encoder.is_frozen:
+        files["encoder"] = args.encoder_weights
+    if args.init_from:
+        files["init_from"] = args.init_from
+    if values.train.loss_plugin:
+        files["loss plugin"] = Path(values.train.loss_plugin)
+    return files
+
+
+def open_pairs(
+    args: argparse.Namespace, values: TrainStepSettings, tokens: texts.Texts
+) -> tuple[dict[str, Pairs], int]:
+    """The pairs of each of `SIDES`, and the width of the slides' tiles."""
+    slides = sides.read(args.manifest, args.splits, ("path", "tiles", "dim", "key"))
+    pairs, longest = {}, values.train.max_seq_len
+    for side in SIDES:
+        table = sides.only(slides, side)
+        pairs[side] = Pairs(open_images(args, values, table), table, tokens, longest)
+        if pairs[side].cut:
+            step.log.warning("%d of %d %s texts are cut to %d tokens", pairs[side].cut, len(table), side, longest)
+    return pairs, int(slides["dim"].iloc[0])
 
 
 def start_from(model: SlideModel, path: Path, facts: checkpoints.Facts, tokenizer: Path) -> None:
@@ -145,27 +173,14 @@ def run(args: argparse.Namespace) -> None:
         step.log.setLevel(logging.WARNING)
     args.encoder_weights = args.encoder_weights or (Path(values.encoder.weights) if values.encoder.weights else None)
     args.init_from = args.init_from or (Path(own.init_from) if own.init_from else None)
-    inputs = {"manifest": args.manifest, "splits": args.splits, **texts.identity(args.tokenizer)}
-    inputs |= {f"latents {name}": args.latents / name for name in ("index.parquet", "summary.json") if args.latents}
-    inputs |= {"encoder": args.encoder_weights} if args.encoder_weights and not values.encoder.is_frozen else {}
-    inputs |= {"init_from": args.init_from} if args.init_from else {}
-    record = step.record(args, "scripts.coca.train", values, inputs)
+    record = step.record(args, "scripts.coca.train", values, input_files(args, values))
     tokens = texts.Texts.load(args.tokenizer)
-    slides = sides.read(args.manifest, args.splits, ("path", "tiles", "dim", "key"))
-    pairs = {}
-    for side in SIDES:
-        table = sides.only(slides, side)
-        tile_dim = int(table["dim"].iloc[0])
-        pairs[side] = Pairs(open_images(args, values, table), table, tokens, own.max_seq_len)
-        if pairs[side].cut:
-            step.log.warning("%d of %d %s texts are cut to %d tokens", pairs[side].cut, len(table), side,
-                             own.max_seq_len)  # fmt: skip
+    pairs, tile_dim = open_pairs(args, values, tokens)
     check_batches(pairs["train"], pairs["validation"], own, accelerator.num_processes)
-    images, shape = pairs["train"].images, slide_model.encoder_shape(values.encoder)
-    frozen_sha256 = images.latents.encoder_sha256 if args.latents else None
+    frozen_sha256 = pairs["train"].images.latents.encoder_sha256 if args.latents else None
     facts = checkpoints.Facts(
-        tile_dim, shape, values.model.model_dump(), tokens.size, tokens.pad_id, checkpoints.identity(args.tokenizer),
-        frozen_sha256, 0, 0,
+        tile_dim, slide_model.encoder_shape(values.encoder), values.model.model_dump(), tokens.size, tokens.pad_id,
+        checkpoints.identity(args.tokenizer), frozen_sha256, 0, 0,
     )  # fmt: skip
     model = slide_model.build(
         values.model, values.encoder, tile_dim, tokens.size, tokens.pad_id, own.seed, own.temperature,
@@ -173,7 +188,8 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.init_from:
         start_from(model, args.init_from, facts, args.tokenizer)
-    fit = Fit(model, pairs["train"], pairs["validation"], own, accelerator, own.workers)
+    loss = loss_plugin.load(Path(own.loss_plugin)) if own.loss_plugin else losses.loss_terms
+    fit = Fit(model, pairs["train"], pairs["validation"], own, accelerator, own.workers, loss)
     check_room(fit, args.state_folder)
 
     def keep(path: Path, steps: int, epochs: int) -> None:

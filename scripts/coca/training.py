@@ -250,7 +250,9 @@ class Fit:
         row = {name: total / steps for name, total in at.sums.items()} | {
             "scale": self.model.coca.temperature.exp().item(), "lr": self.optimiser.param_groups[0]["lr"],
         }  # fmt: skip
-        at.history.append(row | {f"val_{name}": value for name, value in self.validate().items()})
+        found = self.validate()
+        self._require_finite("the validation loss", found["caption"] + found["contrastive"], found)
+        at.history.append(row | {f"val_{name}": value for name, value in found.items()})
         if at.best_epoch < 0 or self._score(at.epoch) > self._score(at.best_epoch):
             at.best_epoch = at.epoch
             at.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}

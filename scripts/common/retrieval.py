@@ -1,5 +1,6 @@
 """Scores of retrieval between two sides, such as images and captions."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def recall_at_k(
 
     Returns: {"row_to_column": scores, "column_to_row": scores}, where scores are `n` (queries), `recall`
     {k: share of queries with rank <= k}, `chance` {k: expectation of that share for a random order},
-    `median_rank`, and `ranks`, an (n,) array for `bootstrap_interval(ranks <= k, groups=...)`.
+    `median_rank`, `chance_median_rank` (the k at which that expectation reaches a half), and `ranks`, an (n,) array for
+    `bootstrap_interval(ranks <= k, groups=...)`.
 
     Raises:
         KilnError: a similarity that is not finite, a row or column with nothing relevant, a matrix that is not
@@ -69,10 +71,15 @@ def _retrieval(block_of, ids: np.ndarray, candidates: np.ndarray, ks: Sequence[i
         right = ids[block, None] == candidates[None, :]
         best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
         ranks[block] = 1 + (~right & (scores >= best)).sum(axis=1)
+
+    def chance(k: int) -> float:
+        return float(hypergeom.sf(0, m, n_right, k).mean())
+
     return {
         "n": n,
         "recall": {int(k): float(np.mean(ranks <= k)) for k in ks},
-        "chance": {int(k): float(hypergeom.sf(0, m, n_right, k).mean()) for k in ks},
+        "chance": {int(k): chance(k) for k in ks},
         "median_rank": float(np.median(ranks)),
+        "chance_median_rank": 1 + bisect_left(range(1, m + 1), 0.5 - 1e-9, key=chance),
         "ranks": ranks,
     }

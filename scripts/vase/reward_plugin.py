@@ -5,15 +5,14 @@ completion. Ours reads the columns reference, dimension and facts.
 """
 
 import asyncio
-import importlib.util
 import inspect
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from scripts.common import plugins
 from scripts.common.errors import KilnError
 from scripts.vase.rewards import Reward
 from scripts.vase.settings import RewardSettings
@@ -87,7 +86,7 @@ def _users(path: Path) -> Callable[[Any], Scorer]:
     registry = _registry()
     ours = registry.pop(CONTENT, None)
     try:
-        module = _load(path)
+        module = plugins.load(path, "vase.reward.plugin", _HINT)
         registered = _registry().pop(CONTENT, None)
     finally:
         if ours is not None:
@@ -116,19 +115,6 @@ def _users(path: Path) -> Callable[[Any], Scorer]:
 def _registry() -> dict[str, Any]:
     """ms-swift's registry where it is imported already: a plugin without it should not wait for its import."""
     return getattr(sys.modules.get("swift.rewards.orm"), "orms", {})
-
-
-def _load(path: Path) -> ModuleType:
-    if path.suffix != ".py" or not path.is_file():
-        raise KilnError(f"{path}: no such reward plugin", "vase.reward.plugin is the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"kiln_reward_plugin_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise KilnError(f"{path}: cannot be imported ({type(error).__name__}: {error})", _HINT) from error
-    return module
 
 
 def _checked(path: Path, made: Any, count: int) -> list[float]:
