@@ -149,7 +149,6 @@ def run(args: argparse.Namespace) -> None:
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     key = fingerprint(of_kind(values, "numerics"), hashes, record.code)
 
-
     def read(shards: list[range]) -> Iterator[Iterator[torch.Tensor]]:
         for rows in shards:
             chosen = table.iloc[rows].itertuples()
