@@ -435,7 +435,7 @@ def test_the_slide_encoder_has_a_rate_of_its_own(data):
 
     with pytest.raises(StopIteration):
         fit.run(stop, lambda fit: None)
-    assert {group["lr"] / group["peak"] for group in groups} == {pytest.approx(groups[0]["lr"] / 1e-2)}
+    assert [group["peak"] for group in groups] == [1e-2, 1e-2, 1e-3, 1e-3]
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in fit.model.named_parameters()}
     rates = {name: groups[0]["lr"] * (0.1 if name.startswith("encoder.") else 1) for name in moved}
     for name in ("encoder.perceiver.layers.0.xattn.xattn.to_kv.weight", "coca.img_attn_pool.to_q.weight"):
