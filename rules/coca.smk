@@ -5,6 +5,7 @@ REQUIRED INPUTS (config section `coca`):
     slides      folder of tile embeddings, one .h5 per slide
     labels      {slide: text}, JSON in UTF-8; `list.patients` a CSV of slide,patient
     encoder     optional: weights of a slide encoder, your own copy; without them one is trained with the model
+    predict     optional: `slides`, a folder of new slides, and `texts` to compare them with
 
 OUTPUTS (below {results}/coca/):
     list_slides/       manifest.parquet, quarantine.tsv, summary.json
@@ -15,11 +16,13 @@ OUTPUTS (below {results}/coca/):
     caption/           captions.parquet
     evaluate/          metrics.json, scores.png, similarity.png, confusion.png
     describe_model/    README.md (the card), model/
+    predict/           predictions.jsonl, predictions.quarantine.tsv: of new slides, if `predict.slides` is set
 
-STEPS: list, split, train the tokenizer, train (encode before or after it), caption, evaluate, describe.
+STEPS: list, split, train the tokenizer, train (encode before or after it), caption, evaluate, describe, predict.
 """
 
 from scripts.coca.settings import EXTENSIONS as COCA_EXTENSIONS
+from scripts.coca.settings import slides_to_predict
 
 COCA = f"{RESULTS}/coca"
 COCA_FROZEN = CONFIG.coca.encoder.is_frozen
@@ -29,6 +32,8 @@ COCA_LATENTS = f"{COCA}/encode_slides/latents"
 COCA_MODEL = f"{COCA}/train/model.safetensors"
 COCA_TRAIN_CODE = ("scripts.common.devices", "scripts.coca.training")
 COCA_PICTURES = ("scores", "similarity", *(("confusion",) if CONFIG.coca.evaluate.classes else ()))
+COCA_NEW = CONFIG.coca.predict.slides
+COCA_GIVEN = CONFIG.coca.predict.model  # a model of another run, to predict with
 COCA_DEMO = "--demo" if COCA_SLIDES.startswith(f"{DEMO}/") else ""
 
 
@@ -407,7 +412,60 @@ rule coca_describe_model:
         " 2>&1 | tee {log:q}"
 
 
+rule coca_predict:
+    input:
+        slides=lambda wildcards: drawn(or_stop(slides_to_predict, CONFIG.coca))(wildcards),
+        checkpoint=f"{COCA_GIVEN}/model.safetensors" if COCA_GIVEN else COCA_MODEL,
+        tokenizer=(
+            f"{COCA_GIVEN}/tokenizer/tokenizer.json" if COCA_GIVEN else rules.coca_train_tokenizer.output.listing
+        ),
+        encoder=[COCA_WEIGHTS] if COCA_FROZEN else [],
+    output:
+        predictions=f"{COCA}/predict/predictions.jsonl",
+        quarantine=f"{COCA}/predict/predictions.quarantine.tsv",
+        meta=f"{COCA}/predict/meta.json",
+    log:
+        f"{LOGS}/coca/predict.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/predict.tsv"
+    conda:
+        "../envs/coca.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        slides=outside(COCA_NEW),
+        encoder=outside(f"--encoder-weights {shlex.quote(COCA_WEIGHTS)}" if COCA_FROZEN else ""),
+        texts=" ".join(f"--text={shlex.quote(text)}" for text in CONFIG.coca.predict.texts),
+        execution=outside(execution(chunk_tiles="coca.encoder.chunk_tiles")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        tokenizer=subpath(input.tokenizer, parent=True),
+        settings=numerics(caption="coca.caption", keys="coca.list.keys", max_seq_len="coca.train.max_seq_len"),
+        code=code_key("scripts.coca.predict"),
+        files=folder_digest(COCA_NEW, COCA_EXTENSIONS),
+    message:
+        "Caption the new slides"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.predict"
+        " --slides {params.slides:q}"
+        " --checkpoint {input.checkpoint:q}"
+        " --tokenizer {params.tokenizer:q}"
+        " {params.encoder}"
+        " {params.texts}"
+        " --output {output.predictions:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
 rule coca:
     input:
         rules.coca_evaluate.output.metrics,
         rules.coca_describe_model.output.card,
+        [rules.coca_predict.output.predictions] if COCA_NEW else [],

@@ -16,7 +16,8 @@ rule report_summarise:
         vase=VASE_METRICS,
         busi=rules.busi_evaluate.output.metrics,
         rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
-        targets=[VASE_TARGETS, rules.busi.input, rules.rae.input],
+        coca=rules.coca_evaluate.output.metrics,
+        targets=[VASE_TARGETS, rules.busi.input, rules.rae.input, rules.coca.input],
     output:
         summary=f"{RESULTS}/summary.json",
         meta=f"{RESULTS}/summary.meta.json",
@@ -39,6 +40,7 @@ rule report_summarise:
         " --vase {input.vase:q}"
         " --busi {input.busi:q}"
         " --rae {input.rae:q}"
+        " --coca {input.coca:q}"
         " --output {output.summary:q}"
         " --code-key {params.code}"
         " --threads {threads}"

@@ -508,6 +508,26 @@ def test_a_validation_that_is_no_number_stops(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_slide_encoder_has_a_rate_of_its_own(data):
+    """Adam's first step moves each weight by about its rate."""
+    fit = open_fit(data, encoder_lr=1e-3, lr=1e-2)
+    groups = fit.optimiser.param_groups
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, fit.model.parameters()))
+    before = {name: p.detach().clone() for name, p in fit.model.named_parameters()}
+
+    def stop(fit: Fit) -> None:
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        fit.run(stop, lambda fit: None)
+    assert [group["peak"] for group in groups] == [1e-2, 1e-2, 1e-3, 1e-3]
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in fit.model.named_parameters()}
+    rates = {name: groups[0]["lr"] * (0.1 if name.startswith("encoder.") else 1) for name in moved}
+    for name in ("encoder.perceiver.layers.0.xattn.xattn.to_kv.weight", "coca.img_attn_pool.to_q.weight"):
+        assert moved[name] == pytest.approx(rates[name], rel=0.1), name
+    assert all(moved[name] < 1.1 * rates[name] for name in moved)
+
+
 def test_draws_of_tiles_follow_seed_epoch_and_slide(data):
     table = side_of(data, "train")
     draws = TileDraws(data / "slides", table, 10, 3)

@@ -159,9 +159,11 @@ def draw_scores(path: Path, metrics: Mapping[str, Any]) -> None:
     plots.intervals(path, rows, "score, 95 % interval over patients", title, groups=groups)
 
 
-def draw_similarity(path: Path, similarity: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
-    """similarity.png: cosines of slides and texts, ordered by the class of the text."""
-    order = np.argsort(np.where(labels < 0, len(names), labels), kind="stable")
+def draw_similarity(
+    path: Path, similarity: np.ndarray, strings: Sequence[str], labels: np.ndarray, names: Sequence[str]
+) -> None:
+    """similarity.png: cosines of slides and texts, ordered by the class of the text, then by the text."""
+    order = np.lexsort((strings, np.where(labels < 0, len(names), labels)))
     order = order[np.linspace(0, len(order) - 1, min(PICTURED, len(order))).astype(int)]
     groups = [(*names, "none or several")[label] for label in labels[order]] if len(names) else None
     of_all = f"{len(order)} of {len(similarity)} " if len(order) < len(similarity) else ""
@@ -227,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
     output = args.output_folder / "metrics.json"
     outputs = [output, *(args.output_folder / f"{name}.png" for name in ("scores", "similarity"))]
     draw_scores(outputs[1], metrics)
-    draw_similarity(outputs[2], similarity, labels_of(strings, own.classes), list(own.classes))
+    draw_similarity(outputs[2], similarity, strings, labels_of(strings, own.classes), list(own.classes))
     if own.classes:
         outputs.append(args.output_folder / "confusion.png")
         draw_confusion(outputs[3], metrics["diagnosis"])

@@ -29,7 +29,7 @@ from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 
 
-class PredictSettings(Settings):
+class PredictStepSettings(Settings):
     """Settings of this step."""
 
     caption: CaptionSettings = CaptionSettings()
@@ -100,7 +100,7 @@ class Predictor:
         strings: texts to compare with, distinct; there may be none.
     """
 
-    def __init__(self, coca, tokens: texts.Texts, strings: Sequence[str], values: PredictSettings, accelerator):
+    def __init__(self, coca, tokens: texts.Texts, strings: Sequence[str], values: PredictStepSettings, accelerator):
         self.coca, self.tokens, self.strings, self.values = coca, tokens, strings, values
         self.accelerator, self.scale = accelerator, embedding.scale(coca)
         self.embedded = None
@@ -149,7 +149,7 @@ def predict(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    made = step.parser(__doc__, PredictSettings, by_hand=True)
+    made = step.parser(__doc__, PredictStepSettings, by_hand=True)
     step.add_device(made)
     made.add_argument("--checkpoint", type=Path, required=True, help="model.safetensors of rule coca_train")
     made.add_argument("--tokenizer", type=Path, required=True, help="folder of rule coca_train_tokenizer")

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 
 EXTENSIONS = (".h5", ".hdf5")  # of slide files
@@ -98,6 +99,7 @@ class TrainSettings(Settings):
     )
     max_seq_len: int = Field(512, gt=2, description="tokens of a text with its two marks; longer ones are cut, counted")
     lr: float = Field(1e-4, gt=0)
+    encoder_lr: float | None = Field(None, gt=0, description="of the slide encoder where it is trained; null: lr")
     final_lr: float = Field(0.0, ge=0, description="of the cosine's last step")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps with a growing learning rate")
     betas: tuple[float, float] = (0.9, 0.98)
@@ -194,6 +196,22 @@ class EvaluateSettings(Settings):
         return self
 
 
+class PredictSettings(Settings):
+    """Captions of new slides, by rule `coca_predict`."""
+
+    slides: str | None = Field(None, description="folder of new slides; null: nothing is predicted")
+    texts: tuple[str, ...] = Field((), description="texts to compare each new slide with")
+    model: str | None = Field(
+        None, description="folder with model.safetensors and tokenizer/, as a model card's; null: the one trained here"
+    )
+
+    @model_validator(mode="after")
+    def _texts_say_something(self):
+        if not all(one.strip() for one in self.texts):
+            raise ValueError("texts holds a blank one")
+        return self
+
+
 class CocaSettings(Settings):
     """Pipeline `coca`: slide embeddings and report texts to a CoCa model, its captions and retrieval scores."""
 
@@ -208,6 +226,18 @@ class CocaSettings(Settings):
     encode: EncodeSettings = EncodeSettings()
     caption: CaptionSettings = CaptionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    predict: PredictSettings = PredictSettings()
     resources: Literal["gpu_single", "gpu_node"] = execution(
         "gpu_single", description="class of the rules that train and encode"
     )
+
+
+def slides_to_predict(coca: CocaSettings) -> str:
+    """The folder of new slides.
+
+    Raises:
+        KilnError: none is set.
+    """
+    if coca.predict.slides is None:
+        raise KilnError("coca.predict.slides is not set", "set it to the folder of the slides to be captioned")
+    return coca.predict.slides

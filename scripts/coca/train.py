@@ -6,6 +6,7 @@ torchrun each process takes its share of every global batch.
 
 import argparse
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,7 +215,7 @@ def write(folder: Path, fit: Fit, keep, epochs: Path, meta: Path, record) -> Non
     """Write all outputs; the weights last but for the record."""
     at = fit.at
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(folder, at.history, len(fit.validation))
+    pictures = draw(folder, fit)
     metrics, last, best = (folder / name for name in ("metrics.json", "last.safetensors", "model.safetensors"))
     counts = {side: {"pairs": len(pairs), "cut_texts": pairs.cut, "distinct_texts": len(np.unique(pairs.codes))}
               for side, pairs in (("train", fit.train), ("validation", fit.validation))}  # fmt: skip
@@ -231,17 +232,21 @@ def write(folder: Path, fit: Fit, keep, epochs: Path, meta: Path, record) -> Non
     record.write(meta, [best, last, metrics, *pictures, *kept], items=at.step * fit.values.batch_size)
 
 
-def draw(folder: Path, history: list[dict], pairs: int) -> list[Path]:
+def draw(folder: Path, fit: Fit) -> list[Path]:
     """Curves of losses and of validation recalls, as PNG; returns their paths."""
+    history, chosen = fit.at.history, f"epoch {fit.at.best_epoch + 1} chosen"
     epochs = list(range(1, len(history) + 1))
     made = [folder / "loss.png", folder / "retrieval.png"]
     lines = {f"{name}, {side}": (epochs, [row[key + name] for row in history])
              for name in ("caption", "contrastive") for side, key in (("train", ""), ("validation", "val_"))
              if all(key + name in row for row in history)}  # fmt: skip
-    plots.curves(made[0], lines, "epoch", "loss", "CoCa: weighted losses")
+    guessed = fit.values.contrastive_weight * math.log(len(fit.train) / fit.steps_per_epoch)
+    floors = {"contrastive, a guess": guessed} if "contrastive" in history[0] else None
+    plots.curves(made[0], lines, "epoch", "loss", f"CoCa: weighted losses ({chosen})", floors)
     ks = [k for k in KS if f"val_r{k}" in history[0]]
     recalls = {f"R@{k}": (epochs, [row[f"val_r{k}"] for row in history]) for k in ks}
-    plots.curves(made[1], recalls, "epoch", "recall", f"CoCa: retrieval on validation (n = {pairs}), mean of both ways")
+    title = f"CoCa: retrieval on validation, both ways (n = {len(fit.validation)}, {chosen})"
+    plots.curves(made[1], recalls, "epoch", "recall", title)
     return made
 
 

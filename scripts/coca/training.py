@@ -52,18 +52,25 @@ def check_batches(train: Pairs, validation: Pairs, values: TrainSettings, ranks:
     batches.check(lengths(validation), 1, budget, 1, validation.names)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices of weights decay, all others do not.
+def parameter_groups(model: SlideModel, values: TrainSettings) -> list[dict[str, Any]]:
+    """Trainable parameters of CoCa and of the slide encoder, if there is one: those that decay, and the others.
 
-    An embedding's weight does not, though a linear layer shares it, nor do learnt queries and latents.
+    Matrices of weights decay. An embedding's weight does not, though a linear layer shares it, nor do learnt queries
+    and latents. `peak` is the group's greatest learning rate.
     """
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {p for name, p in trainable.items() if name.endswith("weight") and p.ndim > 1} - embeddings
-    return [
-        {"params": [p for p in trainable.values() if p in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trainable.values() if p not in matrices], "weight_decay": 0.0},
-    ]
+    groups = []
+    for part, peak in ((model.coca, values.lr), (model.encoder, values.encoder_lr or values.lr)):
+        if part is None:
+            continue
+        embeddings = {module.weight for module in part.modules() if isinstance(module, nn.Embedding)}
+        trainable = {name: p for name, p in part.named_parameters() if p.requires_grad}
+        matrices = {p for name, p in trainable.items() if name.endswith("weight") and p.ndim > 1} - embeddings
+        for decay, params in (
+            (values.weight_decay, [p for p in trainable.values() if p in matrices]),
+            (0.0, [p for p in trainable.values() if p not in matrices]),
+        ):
+            groups.append({"params": params, "weight_decay": decay, "peak": peak})
+    return groups
 
 
 class Fit:
@@ -88,7 +95,7 @@ class Fit:
         self.model = model.to(self.device)
         if values.compile:
             self.model.compile(dynamic=True)
-        groups = parameter_groups(model, values.weight_decay)
+        groups = parameter_groups(model, values)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimiser = accelerator.prepare(
             torch.optim.AdamW(groups, lr=values.lr, betas=values.betas, fused=self.device.type == "cuda")
@@ -172,7 +179,7 @@ class Fit:
         values, scale, found = self.values, self.model.coca.temperature, {}
         tokens = int((self.train.tokens[batch] - 1).sum())
         for group in self.optimiser.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = self._rate(group["peak"])
 
         def encode(part: Batch) -> contrastive.Latents:
             out = self._forward(part, captions=False)
@@ -209,11 +216,11 @@ class Fit:
         for name, value in means.items():
             self.at.sums[name] = self.at.sums.get(name, 0.0) + value
 
-    def _rate(self) -> float:
+    def _rate(self, peak: float) -> float:
         values = self.values
         steps = values.epochs * self.steps_per_epoch
         warmup = min(round(values.warmup * steps), steps - 1)
-        return learning_rate(self.at.step, steps, warmup, values.lr, min(values.final_lr, values.lr))
+        return learning_rate(self.at.step, steps, warmup, peak, min(values.final_lr, peak))
 
     def _same(self, batch: np.ndarray) -> Tensor | None:
         """Which pairs of the gathered latents have equal texts; None where that makes no difference."""

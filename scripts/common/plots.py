@@ -188,7 +188,7 @@ def heat_map(
     if not n or values.shape != (n, n) or not np.isfinite(values).all():
         raise KilnError(f"{path.name}: {values.shape} values, expected finite ones, {n} x {n}", "look at their source")
     with style():
-        figure, axes = _axes(7.2, 6, title)
+        figure, axes = _axes(6.8 + 0.09 * max(map(len, groups or [""])), 6, title)
         axes.grid(False)
         shown = axes.imshow(values, cmap="viridis", aspect="equal", interpolation="nearest")
         figure.colorbar(shown, ax=axes, fraction=0.05)

@@ -1,0 +1,186 @@
+"""The pipeline through Snakemake: from slides to scores, card and predictions, and what a change reruns."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import workflow
+import yaml
+
+from scripts.demo import draw_slides
+from scripts.demo.slides import DIAGNOSES
+
+pytestmark = pytest.mark.slow(minutes=4)
+DIM, NEW = 24, 3
+DRAWN = {"slides": 40, "patients": 24, "dim": DIM, "min_tiles": 8, "max_tiles": 30}
+SETTINGS = {
+    "device": "cpu",
+    "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
+    "coca": {
+        "slides": "data/slides",
+        "labels": "data/labels.json",
+        "list": {"tile_dim": DIM, "patients": "data/patients.csv", "processes": 1},
+        "split": {"validation": 0.15, "test": 0.3},
+        "tokenizer": {"vocabulary": 300},
+        "encoder": {"latents": 3, "dim": 8, "depth": 2, "transformer_depth": 1, "heads": 2},
+        "model": {"dim": 16, "unimodal_depth": 1, "multimodal_depth": 1, "dim_latents": 8, "image_queries": 2,
+                  "dim_head": 8, "heads": 2, "ff_mult": 1},
+        "train": {"epochs": 2, "batch_size": 6, "lr": 1e-3, "precision": "fp32", "save_every": 1, "workers": 0},
+        "encode": {"workers": 0},
+        "caption": {"max_length": 8},
+        "evaluate": {"classes": DIAGNOSES},
+        "predict": {"slides": "new", "texts": ["it's a lymphoma", "腺癌"]},
+    },
+}  # fmt: skip
+AFTER_TRAINING = dict.fromkeys(("encode_slides", "caption", "evaluate", "describe_model", "predict"), 1)
+
+
+def named(jobs: dict[str, int]) -> dict[str, int]:
+    """Under the names that Snakemake plans."""
+    return {f"coca_{rule}": n for rule, n in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkout and a run folder in which coca is built."""
+    base = tmp_path_factory.mktemp("coca")
+    checkout, run = workflow.copy_checkout(base / "checkout"), base / "run one"
+    run.mkdir()
+    options = ["--output-folder", str(run / "data"), "--meta", str(base / "drawn.json"), "--threads", "1"]
+    draw_slides.main([*options, "--settings", json.dumps(DRAWN)])
+    for path in sorted((run / "data/slides").glob("*.h5"))[:NEW]:
+        (run / "new/deep").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, run / "new/deep")
+    (run / "config").mkdir()
+    (run / "config/config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    workflow.run(checkout, run, "coca")
+    return checkout, run
+
+
+@pytest.fixture
+def copied(finished_run, tmp_path) -> tuple[Path, Path]:
+    """A copy of both, to be changed."""
+    for name, folder in zip(("checkout", "run one"), finished_run, strict=True):
+        shutil.copytree(folder, tmp_path / name, symlinks=True)
+    return tmp_path / "checkout", tmp_path / "run one"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def predictions(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "results/coca/predict/predictions.jsonl").read_text().splitlines()]
+
+
+def test_what_is_made(finished_run):
+    _, run = finished_run
+    coca = run / "results/coca"
+    sides = pd.read_csv(coca / "split/splits.csv")["side"].value_counts()
+    assert sides.sum() == DRAWN["slides"]
+    assert sorted(p.name for p in (coca / "train/epochs").glob("*.safetensors")) == [
+        "epoch-0001.safetensors", "epoch-0002.safetensors",
+    ]  # fmt: skip
+    assert not list((run / "results/state/coca").rglob("*.safetensors"))
+    captions = pd.read_parquet(coca / "caption/captions.parquet")
+    assert captions["side"].value_counts().to_dict() == sides.drop("train").to_dict()
+    metrics = json.loads((coca / "evaluate/metrics.json").read_text())
+    kinds = {"retrieval_r5": "chance", "caption_diagnosis_accuracy": "most_frequent"}
+    assert {name: one["baseline_kind"] for name, one in metrics["summary"].items()} == kinds
+    for one in metrics["summary"].values():
+        assert one["n"] == sides["test"] and one["higher_is_better"]
+        assert 0 <= one["ci95"][0] <= one["value"] <= one["ci95"][1] <= 1
+        assert 0 < one["baseline"] < 1 and 0 <= one["trivial"] <= 1
+    card = (coca / "describe_model/model/README.md").read_text(encoding="utf-8")
+    assert "## " in card and f"{sides['test']} slides of" in card
+    assert len(list(coca.rglob("*.png"))) == 5
+
+
+def test_new_slides_are_captioned_and_compared(finished_run):
+    _, run = finished_run
+    made = predictions(run)
+    assert len(made) == NEW and all(one["path"] == f"deep/{one['slide']}.h5" for one in made)
+    for one in made:
+        assert list(one["scores"]) == SETTINGS["coca"]["predict"]["texts"]
+        assert sum(score["softmax"] for score in one["scores"].values()) == pytest.approx(1)
+    assert (run / "results/coca/predict/predictions.quarantine.tsv").read_text() == "path\treason\n"
+
+
+def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run):
+    values = ("coca.train.workers=2", "coca.train.save_minutes=1", "coca.train.tracker=none", "coca.encode.workers=2",
+              "coca.encoder.chunk_tiles=64", "coca.list.processes=2", "resources.gpu_single.threads=2")  # fmt: skip
+    assert workflow.planned(*finished_run, "coca", "--config", f"set={' '.join(values)}") == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "jobs"),
+    [
+        ("coca.tokenizer.vocabulary=280", {"train_tokenizer": 1, "train": 1, **AFTER_TRAINING}),
+        ("coca.train.encoder_lr=1e-4", {"train": 1, **AFTER_TRAINING}),
+        ("coca.encode.dtype=float32", {"encode_slides": 1, "caption": 1, "evaluate": 1, "describe_model": 1}),
+        ("coca.caption.max_length=9", {"caption": 1, "evaluate": 1, "describe_model": 1, "predict": 1}),
+        ("coca.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
+        ("coca.predict.texts=[淋巴瘤]", {"predict": 1}),
+    ],
+)
+def test_a_setting_reruns_its_readers(finished_run, value, jobs):
+    assert workflow.planned(*finished_run, "coca", "--config", f"set={value}") == named(jobs)
+
+
+def test_comments_and_messages_rerun_nothing_and_numbers_retrain(copied):
+    checkout, run = copied
+    edit(checkout / "scripts/coca/losses.py", "    terms = {}", "    # a remark\n    terms = {}")
+    edit(checkout / "scripts/coca/train.py", "epoch %d/%d, step %d: %s", "epoch %d of %d, step %d: %s")
+    assert workflow.planned(checkout, run, "coca") == {}
+    edit(checkout / "scripts/coca/losses.py", 'reduction="sum")', 'reduction="sum") * 2')
+    assert workflow.planned(checkout, run, "coca") == named({"train": 1, **AFTER_TRAINING})
+
+
+def test_a_new_slide_reruns_what_reads_its_folder(copied):
+    checkout, run = copied
+    slide = next((run / "data/slides").glob("*.h5"))
+    shutil.copy(slide, run / "new/another.h5")
+    assert workflow.planned(checkout, run, "coca") == named({"predict": 1})
+    slide.unlink()
+    planned = workflow.planned(checkout, run, "coca")
+    assert planned == named({"list_slides": 1, "split": 1, "train_tokenizer": 1, "train": 1, **AFTER_TRAINING})
+
+
+def test_a_frozen_slide_encoder_comes_before_training_and_a_trained_one_after(finished_run, tmp_path):
+    checkout, run = finished_run
+    fresh = tmp_path / "fresh"
+    shutil.copytree(run, fresh, ignore=shutil.ignore_patterns("results", ".snakemake"))
+    (fresh / "prism.safetensors").write_bytes(b"not read by a dry run")
+    frozen = ("--config", "set=coca.encoder.weights=prism.safetensors")
+    latents, model = "results/coca/encode_slides/latents/index.parquet", "results/coca/train/model.safetensors"
+    assert workflow.planned(checkout, fresh, latents, *frozen) == named({"list_slides": 1, "encode_slides": 1})
+    before = named(dict.fromkeys(("list_slides", "split", "train_tokenizer", "train"), 1))
+    assert workflow.planned(checkout, fresh, model, *frozen) == before | {"coca_encode_slides": 1}
+    assert workflow.planned(checkout, fresh, latents) == before | {"coca_encode_slides": 1}
+
+
+def test_predictions_by_the_model_of_another_run(finished_run, tmp_path):
+    """The folder of a model card is all that it takes."""
+    checkout, run = finished_run
+    there = tmp_path / "elsewhere"
+    shutil.copytree(run / "new", there / "new")
+    shutil.copytree(run / "results/coca/describe_model/model", there / "model")
+    predict = {**SETTINGS["coca"]["predict"], "model": "model"}
+    settings = {**SETTINGS, "coca": {"predict": predict, "caption": SETTINGS["coca"]["caption"]}}
+    (there / "config").mkdir()
+    (there / "config/config.yaml").write_text(yaml.safe_dump(settings))
+    done = workflow.run(checkout, there, "coca_predict")
+    assert workflow.finished(done.stdout + done.stderr) == {"coca_predict": 1}
+    assert predictions(there) == predictions(run)
+
+
+def test_without_new_slides_there_is_nothing_to_predict(finished_run):
+    none = ("--config", "set=coca.predict.slides=null")
+    assert workflow.planned(*finished_run, "coca", *none) == {}
+    done = workflow.run(*finished_run, "coca_predict", "--dry-run", *none, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode and "coca.predict.slides is not set" in said and "Hint: set it to the folder" in said
