@@ -91,7 +91,7 @@ class Fit:
         groups = parameter_groups(model, values.weight_decay)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimiser = accelerator.prepare(
-            torch.optim.AdamW(groups, lr=values.lr, betas=values.betas, fused=self.device.type == "cuda")
+            torch.optim.AdamW(groups, lr=values.lr, betas=values.betas, fused=True)
         )
         self.budget = Budget(values.max_tiles, values.max_tokens)
         self.at = Progress()
