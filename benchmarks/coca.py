@@ -16,7 +16,6 @@ exit status is 1.
 """
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import os
@@ -88,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             own = Path(place) / name
             own.mkdir()
             facts[name] = PARTS[name](args, own)
-            gc.collect()  # a part's models are gone before the next one's
             print(name, json.dumps(facts[name], indent=1), flush=True)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

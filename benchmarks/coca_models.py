@@ -1,6 +1,7 @@
 """What the parts of benchmark `coca` share: both models with the same weights, drawn pairs, and a step of each."""
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 
 import coca_pytorch
@@ -18,6 +19,7 @@ from scripts.common import devices
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 8000
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ORIGINAL = {"lr": 1e-4, "weight_decay": 0.01}  # as published
 
 
@@ -42,7 +44,8 @@ def described(args: argparse.Namespace) -> str:
 
 
 def original(args: argparse.Namespace) -> coca_pytorch.CoCa:
-    """The package's model with seeded random weights, on the device."""
+    """The package's model with seeded random weights, on the device; models of an earlier comparison go first."""
+    gc.collect()
     model, encoder, vocabulary = shapes(args)
     values = model.model_dump()
     queries = values.pop("image_queries")
@@ -149,6 +152,16 @@ class OptimiserClock:
             self.seconds += measure.seconds_of(lambda: step(*given, **named), device)
 
         optimiser.step = timed
+
+
+def products_share(work: Callable[[], object]) -> float:
+    """Share of matrix products in the time of all operators of `work`, on the device."""
+    with torch.profiler.profile() as seen:
+        work()
+    spent = {one.key: (one.self_device_time_total, one.self_cpu_time_total) for one in seen.key_averages()}
+    which = 0 if any(device for device, _ in spent.values()) else 1
+    operators = {name: times[which] for name, times in spent.items() if name.startswith("aten::")}
+    return sum(operators.get(f"aten::{name}", 0) for name in PRODUCTS) / sum(operators.values())
 
 
 def time_steps(side: Ours | Original, work: Callable[[], object]) -> dict[str, float]:

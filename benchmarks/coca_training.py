@@ -5,6 +5,7 @@ training  the same padded texts on both sides: all of one length, so that nothin
 padding   texts of drawn lengths: the original pads to the greatest length, we to the longest of batches of like lengths
 memory    what autograd keeps for the backward pass, and on a GPU the peak of a forward and backward pass
 
+`ceiling` is the ratio if nothing of the original's step remained but its matrix products, by torch.profiler.
 Losses and gradients must agree, else the exit status is 1. The package feeds a text without its last token where it is
 not told the labels; for the comparison of losses, and for it alone, we do so, too.
 """
@@ -44,8 +45,10 @@ def steps_of(args: argparse.Namespace, length: int) -> dict:
         sides["ours compiled"] = models.Ours(args, weights, data, compiled=True)
     runs = timed(args, {name: (side, [members], None) for name, side in sides.items()})
     found = ratio_of(runs, "original", "ours")
+    share = models.products_share(lambda: theirs.step(members))
     row = {
         "relative_difference": differs, **found, "target_met": found["ratio"] >= TARGET,
+        "products_share_of_original": share, "ceiling": 1 / share,
         "without_optimiser": ratio_of_passes(runs, "original", "ours"), "seconds": runs,
     }  # fmt: skip
     if args.compile:

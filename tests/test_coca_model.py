@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import kept_bytes
 from scripts.coca import checkpoints
-from scripts.coca.layers import gated_linear
+from scripts.coca.layers import gated_linear, split_linear
 from scripts.coca.losses import caption_loss, contrastive_loss, loss_terms
 from scripts.coca.model import CoCa
 from scripts.coca.settings import EncoderSettings, ModelSettings
@@ -195,6 +195,18 @@ def test_the_gated_part_has_the_gradients_of_its_formula():
     assert torch.autograd.gradcheck(gated_linear, (inner, weight))
     assert torch.autograd.gradcheck(lambda x: gated_linear(x, weight.detach()), (inner,))
     assert torch.autograd.gradcheck(lambda w: gated_linear(inner.detach(), w), (weight,))
+
+
+def test_the_split_product_is_the_whole_one_and_has_its_gradients():
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(torch.cat(split_linear(x, weight, 3), dim=-1), x @ weight.T)
+    assert torch.autograd.gradcheck(lambda x, w: split_linear(x, w, 3), (x, weight))
+    assert torch.autograd.gradcheck(lambda x: split_linear(x, weight.detach(), 3), (x,))
+    assert torch.autograd.gradcheck(lambda w: split_linear(x.detach(), w, 3), (weight,))
+    with torch.autocast("cpu", torch.bfloat16):
+        head, rest = split_linear(x.float(), weight.float(), 3)
+    assert head.dtype == rest.dtype == torch.bfloat16
 
 
 def losses_of(model, ids, tokens):
