@@ -602,7 +602,7 @@ def test_killed_at_any_step_and_in_a_save_it_ends_with_the_same_bytes(data, trai
     assert not state.exists()
 
 
-@pytest.mark.slow(minutes=4)
+@pytest.mark.slow(minutes=2)
 def test_compiled_training_equals_plain(data):
     """An epoch of batches of several lengths, and its validation."""
     plain, compiled = (open_fit(data, epochs=1, compile=choice) for choice in (False, True))
