@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,21 @@ def _held_mb(pid: int) -> float:
                 lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
                 kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return kilobytes / 1024
+
+
+def kept_bytes(compute: Callable[[], object], weights: Iterable[torch.Tensor]) -> int:
+    """What autograd keeps for the backward pass of `compute`, each storage once, those of `weights` left out."""
+    sizes = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    left_out = {one.untyped_storage().data_ptr() for one in weights}
+    return sum(size for pointer, (size, _) in sizes.items() if pointer not in left_out)
 
 
 def interleave(ways: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:

@@ -359,7 +359,7 @@ def test_equal_texts():
                                                                   [True, False, True]]  # fmt: skip
 
 
-def open_fit(data: Path, loss=losses.loss_terms, precision: str = "fp32", **changes) -> Fit:
+def open_fit(data: Path, loss=losses.loss_terms, device: str = "cpu", **changes) -> Fit:
     """A training at its start, in this process."""
     values = TrainSettings(**SETTINGS["train"] | changes)
     sides = []
@@ -372,7 +372,8 @@ def open_fit(data: Path, loss=losses.loss_terms, precision: str = "fp32", **chan
         ModelSettings(**SETTINGS["model"]), EncoderSettings(**SETTINGS["encoder"]), DIM, texts.size, texts.pad_id,
         values.seed, values.temperature,
     )  # fmt: skip
-    return Fit(model, *sides, values, devices.make_accelerator("cpu", precision, 1), 0, loss)
+    accelerator = devices.make_accelerator(device, values.precision, 1, values.deterministic)
+    return Fit(model, *sides, values, accelerator, 0, loss)
 
 
 def first_step(fit: Fit) -> dict[str, torch.Tensor]:
@@ -799,6 +800,34 @@ def test_killed_at_any_step_and_in_a_save_it_ends_with_the_same_bytes(data, trai
     for name in RESULTS:
         assert (out / name).read_bytes() == (trained / name).read_bytes(), name
     assert not state.exists()
+
+
+@pytest.mark.slow(minutes=2)
+def test_compiled_training_equals_plain(data):
+    """An epoch of batches of several lengths, and its validation."""
+    plain, compiled = (open_fit(data, epochs=1, compile=choice) for choice in (False, True))
+    for one in (plain, compiled):
+        one.run(lambda _: None, lambda _: None)
+    for name in ("caption", "contrastive", "val_caption", "val_contrastive"):
+        assert compiled.at.history[0][name] == pytest.approx(plain.at.history[0][name], rel=1e-3), name
+
+
+@pytest.mark.slow(minutes=2)
+def test_the_benchmarks_run_and_both_sides_agree(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.coca", "--smallest", "--output", str(tmp_path / "all.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "all.json").read_text())
+    rows = [*found["training"]["lengths"].values(), *(found[part] for part in ("padding", "captions", "reading"))]
+    for one in rows:
+        assert 0 < one["ratio_min"] <= one["ratio"] <= one["ratio_max"]
+    for one in found["training"]["lengths"].values():
+        assert one["relative_difference"]["loss"] < 1e-5 and one["relative_difference"]["gradient"] < 1e-4
+    for one in found["memory"]["lengths"].values():
+        assert 0 < one["kept_mib"]["ours"] < one["kept_mib"]["original"]
+    assert found["padding"]["mean_padded_length"]["ours"] < found["padding"]["max_length"]
+    assert found["encoding"]["largest_difference"] < 1e-4 and found["encoding"]["target_met"]
+    assert found["captions"]["equal_tokens"] == 1
 
 
 @pytest.mark.slow

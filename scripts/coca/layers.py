@@ -46,6 +46,37 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+class _SplitLinear(torch.autograd.Function):
+    """See `split_linear`. Autograd's own graph would put the weight's gradient together from that of each part."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.first = first
+        return linear(x, weight[:first]), linear(x, weight[first:])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rows, first = x.flatten(0, -2), ctx.first
+        head, rest = (one.flatten(0, -2) for one in grads)
+        wanted, grad_x, grad_weight = ctx.needs_input_grad, None, None
+        if wanted[0]:
+            grad_x = torch.addmm(head @ weight[:first], rest, weight[first:]).view_as(x)
+        if wanted[1]:
+            grad_weight = torch.empty_like(weight)  # each product is written where it belongs, without a copy
+            torch.mm(head.T, rows, out=grad_weight[:first])
+            torch.mm(rest.T, rows, out=grad_weight[first:])
+        return grad_x, grad_weight, None
+
+
+def split_linear(x: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """linear(x, weight) of x [..., D] and weight [F,D], its `first` features apart from the rest; follows autocast."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _SplitLinear.apply(x.to(dtype), weight.to(dtype), first)
+
+
 class _GatedLinear(torch.autograd.Function):
     """See `gated_linear`. Autograd's own graph would keep two more tensors of half the input's size."""
 
@@ -99,16 +130,14 @@ class ParallelBlock(nn.Module):
         self.heads, self.dim_head = heads, dim_head
         self.norm = LayerNorm(dim)
         self.rotary_emb = RotaryEmbedding(dim_head)
-        self.parts = ((heads + 2) * dim_head, 2 * ff_mult * dim)
-        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.parts), bias=False)
+        self.attention = (heads + 2) * dim_head
+        self.fused_attn_ff_proj = nn.Linear(dim, self.attention + 2 * ff_mult * dim, bias=False)
         self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
         self.ff_out = nn.Sequential(nn.Identity(), nn.Linear(ff_mult * dim, dim, bias=False))
 
     def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and the key, turned, [B,L,heads+1,dim_head]; values [B,L,dim_head]; the input of the SwiGLU."""
-        x = self.norm(x)
-        # the weight is split and not the product, whose gradient would have to be put together again
-        attention, inner = (linear(x, one) for one in self.fused_attn_ff_proj.weight.split(self.parts))
+        attention, inner = split_linear(self.norm(x), self.fused_attn_ff_proj.weight, self.attention)
         heads = attention.unflatten(-1, (-1, self.dim_head))
         return rotate(heads[:, :, :-1], rotary), heads[:, :, -1], inner
 

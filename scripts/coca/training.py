@@ -97,9 +97,7 @@ class Fit:
             self.model.compile(dynamic=True)
         groups = parameter_groups(model, values)
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimiser = accelerator.prepare(
-            torch.optim.AdamW(groups, lr=values.lr, betas=values.betas, fused=self.device.type == "cuda")
-        )
+        self.optimiser = accelerator.prepare(torch.optim.AdamW(groups, lr=values.lr, betas=values.betas, fused=True))
         self.budget = Budget(values.max_tiles, values.max_tokens)
         self.at = Progress()
 
@@ -208,7 +206,10 @@ class Fit:
             contrastive.sum_gradients(self.parameters)
         means = self._summed(found) | {"contrastive": contrast.item()}
         self._require_finite("loss", sum(means.values()), means)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, values.clip_grad or math.inf)
+        if values.clip_grad:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, values.clip_grad)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.accelerator.scaler is None:
             self._require_finite("the gradient's norm", float(norm), means)
         self.optimiser.step()
