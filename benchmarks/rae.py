@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name == "arrow":
                 found = rae_arrow.compare(args, own, root / "images", size)
             elif name == "evaluation":
-                rae_data.draw_images(own / "images", rae_data.CLASSES, args.evaluated)
+                most = max(args.evaluated, *rae_evaluation.memory_counts(args))
+                rae_data.draw_images(own / "images", rae_data.CLASSES, most)
                 build_dataset(own / "images", own, args)
                 found = rae_evaluation.compare(args, own)
             elif name == "training":

@@ -182,29 +182,32 @@ def profile(place: dict, count: int) -> dict[str, float]:
     return found
 
 
+def memory_counts(args: argparse.Namespace) -> list[int]:
+    """Numbers of pictures that fill one batch of each group, and twice as many."""
+    return [fid.GROUPS * args.batch_size, 2 * fid.GROUPS * args.batch_size]
+
+
 def compare(args: argparse.Namespace, root: Path) -> dict:
     """Interleaved runs of both; ends the program if the scores differ."""
     prepare(root, args)
     place = {name: getattr(args, name) for name in ("extractor", "workers", "batch_size", "device", "threads")}
     place |= {"root": str(root), "image_size": args.image_size}
     made: dict[str, list[dict]] = {"alternative": [], "ours": []}
-    peaks: dict[str, dict[str, float]] = {name: {} for name in made}
+    peaks = dict.fromkeys(made, 0.0)
 
-    def call(name: str, count: int = args.evaluated) -> dict:
+    def call(name: str, count: int = args.evaluated) -> measure.Done:
         work = f"import json\nfrom benchmarks import rae_evaluation as one\nmade = one.{name}({place!r}, {count})\n"
-        done = measure.program(work + "print('\\n' + json.dumps(made))")
-        if name in peaks:
-            peaks[name][str(count)] = max(done.peak_mb, peaks[name].get(str(count), 0))
-        return done.found
+        return measure.program(work + "print('\\n' + json.dumps(made))")
 
     def run(name: str) -> float:
-        made[name].append(call(name))
-        return made[name][-1]["seconds"]
+        done = call(name)
+        peaks[name] = max(peaks[name], done.peak_mb)
+        made[name].append(done.found)
+        return done.found["seconds"]
 
-    first = call("reference")
-    few = max(2, args.evaluated // 4)
-    for name in made:  # a warm-up, too
-        call(name, few)
+    first = call("reference").found
+    for name in made:  # a warm-up
+        call(name, max(4, args.evaluated // 4))
     seconds = measure.interleave({name: lambda name=name: run(name) for name in made}, args.runs)
     theirs = made["alternative"][0]["rfid"]
     paths = (root / "reference/reference.safetensors", root / "ours/features.safetensors")
@@ -214,6 +217,7 @@ def compare(args: argparse.Namespace, root: Path) -> dict:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     cached = [one["without_reference_seconds"] for one in made["alternative"]]
     found = measure.ratio(seconds["alternative"], seconds["ours"])
+    growth = {count: call("ours", count).peak_mb for count in memory_counts(args)}
     return {
         "alternative": "a PNG of each reconstruction and picture; torch_fidelity.calculate_metrics(fid=True, "
         f"feature_extractor={args.extractor!r}), which reads with 4 processes",
@@ -227,5 +231,6 @@ def compare(args: argparse.Namespace, root: Path) -> dict:
         "alternative_with_cached_reference": measure.ratio(cached, seconds["ours"]),
         "our_reference_seconds": first["seconds"],
         "distance_seconds": statistics.median(one["distance_seconds"] for one in made["alternative"]),
-        "peak_mb": peaks, "milliseconds_per_image": call("profile", min(args.evaluated, 2 * args.batch_size)),
+        "peak_mb": peaks, "our_peak_mb_by_images": growth,
+        "milliseconds_per_image": call("profile", min(args.evaluated, 2 * args.batch_size)).found,
     }  # fmt: skip
