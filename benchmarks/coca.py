@@ -16,7 +16,6 @@ exit status is 1.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -77,10 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    where = measure.processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    facts: dict = {"machine": where, "cpu": measure.processor(), "cores": os.cpu_count()}
-    facts |= {name: str(value) for name, value in vars(args).items()}
-    facts |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    facts = measure.facts(args, PACKAGES)
     print(json.dumps(facts, indent=1))
     with tempfile.TemporaryDirectory() as place:
         for name in [args.only] if args.only else PARTS:

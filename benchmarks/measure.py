@@ -1,6 +1,8 @@
 """What the benchmarks share: clocks, programs in processes of their own, ratios, and the machine's name."""
 
+import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -37,6 +39,14 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def facts(args: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
+    """What the figures were measured on and with: machine, options, versions."""
+    where = processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    found: dict[str, Any] = {"machine": where, "cpu": processor(), "cores": os.cpu_count()}
+    found |= {name: str(value) for name, value in vars(args).items()}
+    return found | {name: importlib.metadata.version(name) for name in packages}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

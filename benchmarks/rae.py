@@ -14,7 +14,6 @@ find the same, else the exit status is 1.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -79,10 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    where = measure.processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    facts: dict = {"machine": where, "cpu": measure.processor(), "cores": os.cpu_count()}
-    facts |= {name: str(value) for name, value in vars(args).items()}
-    facts |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    facts = measure.facts(args, PACKAGES)
     print(json.dumps(facts, indent=1))
     wanted = [args.only] if args.only else list(PARTS)
     with tempfile.TemporaryDirectory() as place:

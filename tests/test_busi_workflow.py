@@ -49,15 +49,7 @@ def finished_run(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture
 def copied(finished_run, tmp_path) -> tuple[Path, Path]:
     """A copy of both, to be changed."""
-    for name, folder in zip(("checkout", "run one"), finished_run, strict=True):
-        shutil.copytree(folder, tmp_path / name, symlinks=True)
-    return tmp_path / "checkout", tmp_path / "run one"
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
+    return workflow.copies(finished_run, tmp_path)
 
 
 def test_what_is_made(finished_run):
@@ -119,15 +111,15 @@ def test_a_setting_reruns_its_readers(finished_run, value, jobs):
 
 def test_messages_and_comments_of_training_rerun_nothing(copied):
     checkout, run = copied
-    edit(checkout / "scripts/common/trainer_log.py", "loss %.4f%s, lr", "the loss is %.4f%s, lr")
-    edit(checkout / "scripts/busi/train_lora.py", "%d of %d parameters are trained", "%d of %d are trained")
-    edit(checkout / "scripts/busi/lora.py", "    pattern = ", "    # a remark\n    pattern = ")
+    workflow.edit(checkout / "scripts/common/trainer_log.py", "loss %.4f%s, lr", "the loss is %.4f%s, lr")
+    workflow.edit(checkout / "scripts/busi/train_lora.py", "%d of %d parameters are trained", "%d of %d are trained")
+    workflow.edit(checkout / "scripts/busi/lora.py", "    pattern = ", "    # a remark\n    pattern = ")
     assert workflow.planned(checkout, run, "busi") == {}
 
 
 def test_what_decides_weights_retrains(copied):
     checkout, run = copied
-    edit(checkout / "scripts/busi/fine_tuning.py", "weight_decay=settings.weight_decay", "weight_decay=0.0")
+    workflow.edit(checkout / "scripts/busi/fine_tuning.py", "weight_decay=settings.weight_decay", "weight_decay=0.0")
     planned = workflow.planned(checkout, run, "busi")
     assert planned["busi_train_lora"] == 1
     assert "busi_split" not in planned

@@ -62,15 +62,7 @@ def finished_run(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture
 def copied(finished_run, tmp_path) -> tuple[Path, Path]:
     """A copy of both, to be changed."""
-    for name, folder in zip(("checkout", "run one"), finished_run, strict=True):
-        shutil.copytree(folder, tmp_path / name, symlinks=True)
-    return tmp_path / "checkout", tmp_path / "run one"
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
+    return workflow.copies(finished_run, tmp_path)
 
 
 def predictions(run: Path) -> list[dict]:
@@ -133,10 +125,10 @@ def test_a_setting_reruns_its_readers(finished_run, value, jobs):
 
 def test_comments_and_messages_rerun_nothing_and_numbers_retrain(copied):
     checkout, run = copied
-    edit(checkout / "scripts/coca/losses.py", "    terms = {}", "    # a remark\n    terms = {}")
-    edit(checkout / "scripts/coca/train.py", "epoch %d/%d, step %d: %s", "epoch %d of %d, step %d: %s")
+    workflow.edit(checkout / "scripts/coca/losses.py", "    terms = {}", "    # a remark\n    terms = {}")
+    workflow.edit(checkout / "scripts/coca/train.py", "epoch %d/%d, step %d: %s", "epoch %d of %d, step %d: %s")
     assert workflow.planned(checkout, run, "coca") == {}
-    edit(checkout / "scripts/coca/losses.py", 'reduction="sum")', 'reduction="sum") * 2')
+    workflow.edit(checkout / "scripts/coca/losses.py", 'reduction="sum")', 'reduction="sum") * 2')
     assert workflow.planned(checkout, run, "coca") == named({"train": 1, **AFTER_TRAINING})
 
 

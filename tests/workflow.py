@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,18 @@ def copy_checkout(folder: Path) -> Path:
         else:
             shutil.copy(ROOT / name, target)
     return folder
+
+
+def copies(folders: Sequence[Path], place: Path) -> tuple[Path, ...]:
+    """Copies of `folders` below `place`, under their own names."""
+    return tuple(Path(shutil.copytree(folder, place / folder.name, symlinks=True)) for folder in folders)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace the first `old` in a file, which must be there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
 
 def command(checkout: Path, directory: Path, *arguments: str) -> list[str]:
