@@ -292,8 +292,8 @@ def of_two(rank: int, port: int, job, *arguments) -> None:
 
 
 def two_processes(job, *arguments) -> None:
-    """Forks, so that torch is imported once."""
-    torch.multiprocessing.start_processes(of_two, (free_port(), job, *arguments), nprocs=2, start_method="fork")
+    """Fresh processes: a fork of one whose OpenMP threads have worked may wait for them for ever."""
+    torch.multiprocessing.spawn(of_two, (free_port(), job, *arguments), nprocs=2)
 
 
 def two_equal_one(rank: int) -> None:
