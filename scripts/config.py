@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from scripts.biomedica.settings import BiomedicaSettings
 from scripts.busi.settings import BusiSettings
 from scripts.coca.settings import CocaSettings
 from scripts.common import settings
@@ -66,6 +67,7 @@ class Config(Settings):
     busi: BusiSettings = BusiSettings()
     rae: RaeSettings = RaeSettings()
     coca: CocaSettings = CocaSettings()
+    biomedica: BiomedicaSettings = BiomedicaSettings()
 
 
 def load(given: Mapping[str, Any], user_file: Path) -> Config:
