@@ -38,6 +38,8 @@ class RemoteSettings(Settings):
     max_wait_seconds: float = execution(120.0, gt=0, description="the longest wait, whatever a busy server asks for")
     connect_seconds: float = execution(10.0, gt=0)
     read_seconds: float = execution(60.0, gt=0, description="a connection that is silent for longer counts as broken")
+    cache_folder: str | None = execution(None, description="folder that keeps shards read whole; null: nothing is kept")
+    cache_gb: float = execution(100.0, gt=0, description="size of that folder; the longest unused shards make room")
 
 
 class HeldOutSettings(Settings):
@@ -83,8 +85,8 @@ class ModelSettings(Settings):
     )
     weights: str | None = Field(
         None,
-        description="a model of config/models.csv, or your folder with open_clip_config.json and weights, which gives the "
-        "architecture too; null: random weights",
+        description="a model of config/models.csv, or your folder with open_clip_config.json and weights, which "
+        "gives the architecture too; null: random weights",
     )
 
 
