@@ -19,12 +19,14 @@ include: "rules/vase_vlm.smk"
 include: "rules/busi.smk"
 include: "rules/rae.smk"
 include: "rules/coca.smk"
+include: "rules/biomedica.smk"
 include: "rules/report.smk"
 
 
 localrules:
     all,
     report,
+    biomedica,
     busi,
     coca,
     rae,

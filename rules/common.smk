@@ -153,7 +153,7 @@ def file_digest(path):
     return sha256_file(Path(path)) if path and Path(path).is_file() else None
 
 
-DRAWN = ("draw_vases", "draw_ultrasound", "draw_digits", "draw_slides")
+DRAWN = ("draw_vases", "draw_ultrasound", "draw_digits", "draw_slides", "draw_figures")
 
 
 def drawn(path):
@@ -180,9 +180,14 @@ def optional_table(path):
     return lambda wildcards: drawn(path)(wildcards) or ([path] if path else [])
 
 
-def folder_digest(folder, extensions=EXTENSIONS):
+def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False):
     """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings."""
-    scanned = functools.cache(lambda: ShardTable({"all": scan(Path(folder), extensions).items}).digest("all"))
+
+    @functools.cache
+    def scanned():
+        items = scan(Path(folder), extensions, may_be_empty).items if folder else []
+        return ShardTable({"all": items}).digest("all")
+
     return once_drawn(folder, lambda wildcards: scanned())
 
 

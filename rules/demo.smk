@@ -10,6 +10,8 @@ OUTPUTS:
     {results}/demo/train_vlm/         a small Qwen2.5-VL, trained on coloured shapes
     {results}/demo/draw_digits/       images/ in ten class folders: handwritten digits among shapes
     {results}/demo/draw_slides/       slides/ of tile embeddings, labels.json, patients.csv, truth.parquet
+    {results}/demo/draw_figures/      local/*.tar and hub/: figures with captions in shards, truth.parquet
+    {results}/demo/serve_hub/         address of a small hub on this machine, one for each job that reads from it
     {results}/demo/initialise_encoder/{encoder}/   a small DINOv2 and SigLIP2 with random weights
 
 Drawing is a checkpoint: which files there are is known, and sharded, only when it is done.
@@ -203,6 +205,60 @@ checkpoint demo_draw_slides:
         " --threads {threads}"
         " --meta {output.meta:q}"
         " 2>&1 | tee {log:q}"
+
+
+checkpoint demo_draw_figures:
+    output:
+        listing=f"{DEMO}/draw_figures/files.json",
+        meta=f"{DEMO}/draw_figures.meta.json",
+    log:
+        f"{LOGS}/demo/draw_figures.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/draw_figures.tsv"
+    conda:
+        "../envs/streaming.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.figures"),
+        code=code_key("scripts.demo.draw_figures"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Draw the demo's figures"
+    shell:
+        "{params.step} scripts.demo.draw_figures"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_serve_hub:
+    input:
+        listing=rules.demo_draw_figures.output.listing,
+    output:
+        url=service(f"{DEMO}/serve_hub/{{consumer}}.url"),
+    log:
+        f"{LOGS}/demo/serve_hub/{{consumer}}.log",
+    conda:
+        "../envs/tables.yaml"
+    threads: 0  # it waits most of the time, and would keep a core from the next training
+    params:
+        step=outside(STEP),
+        folder=subpath(input.listing, parent=True),
+        code=code_key("scripts.demo.serve_hub"),
+    message:
+        "Serve the demo's hub to {wildcards.consumer}"
+    shell:
+        "exec {params.step} scripts.demo.serve_hub"
+        " --folder {params.folder:q}/hub"
+        " --unavailable-every 10 --cut-once --slow-once"
+        " --port-file {output.url:q}"
+        " > {log:q} 2>&1"
 
 
 rule demo_initialise_encoder:

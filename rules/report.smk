@@ -17,7 +17,8 @@ rule report_summarise:
         busi=rules.busi_evaluate.output.metrics,
         rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
         coca=rules.coca_evaluate.output.metrics,
-        targets=[VASE_TARGETS, rules.busi.input, rules.rae.input, rules.coca.input],
+        biomedica=rules.biomedica_evaluate.output.metrics,
+        targets=[VASE_TARGETS, rules.busi.input, rules.rae.input, rules.coca.input, rules.biomedica.input],
     output:
         summary=f"{RESULTS}/summary.json",
         meta=f"{RESULTS}/summary.meta.json",
@@ -41,6 +42,7 @@ rule report_summarise:
         " --busi {input.busi:q}"
         " --rae {input.rae:q}"
         " --coca {input.coca:q}"
+        " --biomedica {input.biomedica:q}"
         " --output {output.summary:q}"
         " --code-key {params.code}"
         " --threads {threads}"

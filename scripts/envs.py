@@ -33,6 +33,7 @@ FAMILIES = {
     "swift": [*VLM, "ms-swift", "msgspec", "open-clip-torch", "qwen-vl-utils", "rapidfuzz", "sacrebleu"],
     "rae": [*VISION, "datasets", "lpips", "timm", "torch-fidelity", "transformers"],
     "coca": [*VISION, "h5py", "rouge-score", "sacrebleu", "tokenizers", "transformers"],
+    "streaming": [*VISION, "huggingface-hub", "open-clip-torch", "requests", "webdataset"],
     "deepspeed": VLM,
     "hulumed": [],
     "hulumed_deepspeed": [],

@@ -32,6 +32,8 @@ WANTED = {
     ("rae", "siglip2_rfid"): Wanted("shrunk_input"),
     ("coca", "retrieval_r5"): Wanted("chance", ratio=3.0),
     ("coca", "caption_diagnosis_accuracy"): Wanted("most_frequent", gain=0.15),
+    ("biomedica", "recall_at_5"): Wanted("chance", ratio=3.0),
+    ("biomedica", "hybrid_over_local"): Wanted("local_only"),
 }
 # technique is a matter of colours: what is shown there is that the model looks at its own picture
 MAY_BE_EASY = {"vase.image_grounding"}

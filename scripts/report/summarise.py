@@ -12,7 +12,7 @@ from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.headlines import headlines
 
-PIPELINES = ("vase", "busi", "rae", "coca")
+PIPELINES = ("vase", "busi", "rae", "coca", "biomedica")
 
 
 def gather(files: Sequence[Path]) -> dict[str, dict]:

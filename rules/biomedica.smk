@@ -1,0 +1,426 @@
+"""
+Pipeline biomedica: figures with captions, on disk and streamed from the Hugging Face hub, to a CLIP model and its scores.
+
+REQUIRED INPUTS (config section `biomedica`):
+    shards        optional: folder of local tar shards (jpg, txt, json by key); without it all is streamed
+    remote.repo   optional: data set of tar shards on the hub, read at one revision; null: local pairs alone
+    HF_TOKEN      in the environment, if the repo is gated
+
+OUTPUTS (below {results}/biomedica/):
+    index_local/    index.parquet, shards.parquet, rejected.tsv, summary.json: what the local shards hold
+    list_remote/    shards.parquet, summary.json: the repo's shards at a pinned revision
+    hold_out/       validation.parquet, test.parquet, summary.json: pairs of articles that no training sees
+    plan/{arm}/     plan.json, plan.png: how many pairs from where, which shards for which epoch, bytes
+    train_clip/{arm}-{seed}/   model.safetensors (best by validation), last.safetensors, metrics.json, pictures
+    evaluate/       metrics.json, scores.png, retrieval.png, confusion.png, runs.png (with `compare_seeds`)
+    export/         model/: a folder that open_clip loads as local-dir:
+    describe_model/ README.md, the card
+
+STEPS: index, list, hold out, plan, train (while streaming), evaluate, export, describe.
+
+The arm `hybrid` trains on local and streamed pairs, `local` as many steps on local ones alone, for comparison.
+"""
+
+from scripts.biomedica.settings import ARMS as BIOMEDICA_ARMS
+
+BIOMEDICA = f"{RESULTS}/biomedica"
+BIOMEDICA_SHARDS = CONFIG.biomedica.shards
+BIOMEDICA_REPO = CONFIG.biomedica.remote.repo
+BIOMEDICA_LOCAL = f"--shards {shlex.quote(BIOMEDICA_SHARDS)}" if BIOMEDICA_SHARDS else ""
+BIOMEDICA_WEIGHTS = CONFIG.biomedica.model.weights
+BIOMEDICA_INIT = f"--weights {shlex.quote(model_folder(BIOMEDICA_WEIGHTS))}" if BIOMEDICA_WEIGHTS else ""
+BIOMEDICA_MAIN = f"hybrid-{CONFIG.biomedica.train.seed}"
+BIOMEDICA_RUNS = [f"{arm}-{seed}" for seed in CONFIG.biomedica.compare_seeds for arm in BIOMEDICA_ARMS]
+BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
+BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_RUNS else ()))
+BIOMEDICA_DEMO = f"{DEMO}/" in f"{BIOMEDICA_SHARDS}/"
+
+
+def biomedica_hub(consumer):
+    """The demo's hub, which one job has for itself; nothing where the real one is meant."""
+    return [f"{DEMO}/serve_hub/{consumer}.url"] if BIOMEDICA_DEMO else []
+
+
+def biomedica_endpoint(name):
+    """What lets a step find that hub; `name` is that of its input."""
+    return f"env HF_ENDPOINT=$(cat {shlex.quote(name)})" if BIOMEDICA_DEMO else ""
+
+
+rule biomedica_index_local:
+    input:
+        shards=drawn(BIOMEDICA_SHARDS),
+    output:
+        index=f"{BIOMEDICA}/index_local/index.parquet",
+        shards=f"{BIOMEDICA}/index_local/shards.parquet",
+        rejected=f"{BIOMEDICA}/index_local/rejected.tsv",
+        summary=f"{BIOMEDICA}/index_local/summary.json",
+        meta=f"{BIOMEDICA}/index_local/meta.json",
+    log:
+        f"{LOGS}/biomedica/index_local.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/index_local.tsv"
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        shards=outside(BIOMEDICA_LOCAL),
+        state=outside(f"{STATE}/biomedica/index_local"),
+        execution=outside(execution(index="biomedica.index")),
+        settings=numerics(index="biomedica.index", held_out="biomedica.held_out"),
+        code=code_key("scripts.biomedica.index_local"),
+        files=folder_digest(BIOMEDICA_SHARDS, (".tar",), may_be_empty=True),
+        folder=subpath(output.index, parent=True),
+    message:
+        "Index the local shards"
+    shell:
+        "{params.step} scripts.biomedica.index_local"
+        " {params.shards}"
+        " --state-folder {params.state:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_list_remote:
+    input:
+        hub=biomedica_hub("list_remote"),
+        index=rules.biomedica_index_local.output.summary,
+    output:
+        shards=f"{BIOMEDICA}/list_remote/shards.parquet",
+        summary=f"{BIOMEDICA}/list_remote/summary.json",
+        meta=f"{BIOMEDICA}/list_remote/meta.json",
+    log:
+        f"{LOGS}/biomedica/list_remote.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/list_remote.tsv"
+    localrule: True
+    conda:
+        "../envs/streaming.yaml"
+    threads: 1
+    params:
+        step=outside(STEP_ONLINE),
+        hub=outside(biomedica_endpoint(f"{DEMO}/serve_hub/list_remote.url")),
+        index=subpath(input.index, parent=True),
+        execution=outside(execution(remote="biomedica.remote")),
+        settings=numerics(remote="biomedica.remote", samples="biomedica.plan.samples"),
+        code=code_key("scripts.biomedica.list_remote"),
+        folder=subpath(output.shards, parent=True),
+    message:
+        "List the shards of the repo"
+    shell:
+        "{params.hub} {params.step} scripts.biomedica.list_remote"
+        " --index {params.index:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_hold_out:
+    input:
+        index=rules.biomedica_index_local.output.index,
+        remote=rules.biomedica_list_remote.output.shards,
+    output:
+        validation=f"{BIOMEDICA}/hold_out/validation.parquet",
+        test=f"{BIOMEDICA}/hold_out/test.parquet",
+        summary=f"{BIOMEDICA}/hold_out/summary.json",
+        meta=f"{BIOMEDICA}/hold_out/meta.json",
+    log:
+        f"{LOGS}/biomedica/hold_out.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/hold_out.tsv"
+    localrule: True
+    conda:
+        "../envs/streaming.yaml"
+    threads: 1
+    params:
+        step=outside(STEP_ONLINE),
+        shards=outside(BIOMEDICA_LOCAL),
+        index=subpath(input.index, parent=True),
+        remote=subpath(input.remote, parent=True),
+        execution=outside(execution(remote="biomedica.remote")),
+        settings=numerics(index="biomedica.index", held_out="biomedica.held_out"),
+        code=code_key("scripts.biomedica.hold_out"),
+        folder=subpath(output.test, parent=True),
+    message:
+        "Hold out validation and test articles"
+    shell:
+        "{params.step} scripts.biomedica.hold_out"
+        " {params.shards}"
+        " --index {params.index:q}"
+        " --remote {params.remote:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_plan:
+    input:
+        index=rules.biomedica_index_local.output.index,
+        remote=rules.biomedica_list_remote.output.shards,
+    output:
+        plan=f"{BIOMEDICA}/plan/{{arm}}/plan.json",
+        picture=report(
+            f"{BIOMEDICA}/plan/{{arm}}/plan.png",
+            caption="captions/biomedica_plan.rst",
+            category="biomedica",
+            labels={"step": "plan", "picture": "{arm}"},
+        ),
+        meta=f"{BIOMEDICA}/plan/{{arm}}/meta.json",
+    log:
+        f"{LOGS}/biomedica/plan/{{arm}}.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/plan/{{arm}}.tsv"
+    wildcard_constraints:
+        arm="|".join(BIOMEDICA_ARMS),
+    conda:
+        "../envs/vision.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        index=subpath(input.index, parent=True),
+        remote=subpath(input.remote, parent=True),
+        settings=numerics(plan="biomedica.plan", held_out="biomedica.held_out"),
+        code=code_key("scripts.biomedica.plan"),
+        folder=subpath(output.plan, parent=True),
+    message:
+        "Plan the {wildcards.arm} epochs"
+    shell:
+        "{params.step} scripts.biomedica.plan"
+        " --index {params.index:q}"
+        " --remote {params.remote:q}"
+        " --arm {wildcards.arm}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_train_clip:
+    input:
+        hub=lambda wildcards: biomedica_hub(f"train-{wildcards.seed}") if wildcards.arm == "hybrid" else [],
+        plan=rules.biomedica_plan.output.plan,
+        index=rules.biomedica_index_local.output.index,
+        remote=rules.biomedica_list_remote.output.shards,
+        validation=rules.biomedica_hold_out.output.validation,
+        weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
+    output:
+        weights=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/model.safetensors",
+        last=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/last.safetensors",
+        metrics=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/metrics.json",
+        counts=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_index.parquet",
+        loss=report(
+            f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/loss.png",
+            caption="captions/biomedica_loss.rst",
+            category="biomedica",
+            labels={"step": "train {arm} {seed}", "picture": "loss"},
+        ),
+        retrieval=report(
+            f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/retrieval.png",
+            caption="captions/biomedica_retrieval.rst",
+            category="biomedica",
+            labels={"step": "train {arm} {seed}", "picture": "retrieval"},
+        ),
+        meta=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/meta.json",
+    log:
+        f"{LOGS}/biomedica/train_clip/{{arm}}-{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/train_clip/{{arm}}-{{seed}}.tsv"
+    wildcard_constraints:
+        arm="|".join(BIOMEDICA_ARMS),
+        seed=r"\d+",
+    conda:
+        "../envs/streaming.yaml"
+    threads: class_threads(CONFIG.biomedica.resources)
+    resources:
+        **class_resources(CONFIG.biomedica.resources),
+    params:
+        step=outside(STEP_ONLINE if BIOMEDICA_REPO else STEP),
+        hub=lambda wildcards, input, output: biomedica_endpoint(input.hub) if input.hub else "",
+        shards=outside(BIOMEDICA_LOCAL),
+        init=outside(BIOMEDICA_INIT),
+        index=subpath(input.index, parent=True),
+        remote=subpath(input.remote, parent=True),
+        held_out=subpath(input.validation, parent=True),
+        execution=outside(execution(remote="biomedica.remote", train="biomedica.train")),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher(CONFIG.biomedica.resources)),
+        state=lambda wildcards, output: f"{STATE}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
+        tracker=lambda wildcards, output: f"{LOGS}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
+        settings=numerics(
+            index="biomedica.index", held_out="biomedica.held_out", model="biomedica.model", train="biomedica.train"
+        ),
+        code=code_key(*BIOMEDICA_TRAIN_CODE),
+        folder=subpath(output.weights, parent=True),
+    message:
+        "Train the CLIP model on {wildcards.arm} data, seed {wildcards.seed}"
+    shell:
+        "{params.hub} {params.step} scripts.common.launch {params.launcher} -- scripts.biomedica.train_clip"
+        " --plan {input.plan:q}"
+        " --index {params.index:q}"
+        " {params.shards}"
+        " --remote {params.remote:q}"
+        " --held-out {params.held_out:q}"
+        " {params.init}"
+        " --seed {wildcards.seed}"
+        " --state-folder {params.state:q}"
+        " --tracker-folder {params.tracker:q}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --settings {params.execution:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_evaluate:
+    input:
+        test=rules.biomedica_hold_out.output.test,
+        checkpoint=f"{BIOMEDICA}/train_clip/{BIOMEDICA_MAIN}/model.safetensors",
+        runs=expand(f"{BIOMEDICA}/train_clip/{{run}}/model.safetensors", run=BIOMEDICA_RUNS),
+        weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
+    output:
+        metrics=f"{BIOMEDICA}/evaluate/metrics.json",
+        pictures=report(
+            [f"{BIOMEDICA}/evaluate/{name}.png" for name in BIOMEDICA_PICTURES],
+            caption="captions/biomedica_scores.rst",
+            category="biomedica",
+            labels={"step": "evaluate", "picture": "scores"},
+        ),
+        meta=f"{BIOMEDICA}/evaluate/meta.json",
+    log:
+        f"{LOGS}/biomedica/evaluate.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/evaluate.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("gpu_single")
+    resources:
+        **class_resources("gpu_single"),
+    params:
+        step=outside(STEP),
+        device=outside(CONFIG.device),
+        launcher=outside(launcher("gpu_single")),
+        held_out=subpath(input.test, parent=True),
+        init=outside(BIOMEDICA_INIT),
+        runs=lambda wildcards, input: " ".join(
+            f"--run {run}={shlex.quote(path)}" for run, path in zip(BIOMEDICA_RUNS, input.runs, strict=True)
+        ),
+        settings=numerics(evaluate="biomedica.evaluate", model="biomedica.model"),
+        code=code_key("scripts.biomedica.evaluate"),
+        folder=subpath(output.metrics, parent=True),
+    message:
+        "Score retrieval and zero-shot classification"
+    shell:
+        "{params.step} scripts.common.launch {params.launcher} -- scripts.biomedica.evaluate"
+        " --held-out {params.held_out:q}"
+        " --checkpoint {input.checkpoint:q}"
+        " {params.init}"
+        " {params.runs}"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_export:
+    input:
+        checkpoint=rules.biomedica_evaluate.input.checkpoint,
+    output:
+        listing=f"{BIOMEDICA}/export/model/files.json",
+        meta=f"{BIOMEDICA}/export/meta.json",
+    log:
+        f"{LOGS}/biomedica/export.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/export.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.biomedica.export"),
+        folder=subpath(output.listing, parent=True),
+    message:
+        "Export the CLIP model for open_clip"
+    shell:
+        "{params.step} scripts.biomedica.export"
+        " --checkpoint {input.checkpoint:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica_describe_model:
+    input:
+        metrics=rules.biomedica_evaluate.output.metrics,
+        training=f"{BIOMEDICA}/train_clip/{BIOMEDICA_MAIN}/meta.json",
+        plan=expand(rules.biomedica_plan.output.plan, arm="hybrid"),
+        held_out=rules.biomedica_hold_out.output.summary,
+        remote=rules.biomedica_list_remote.output.summary,
+        model=rules.biomedica_export.output.listing,
+    output:
+        card=f"{BIOMEDICA}/describe_model/README.md",
+        meta=f"{BIOMEDICA}/describe_model/meta.json",
+    log:
+        f"{LOGS}/biomedica/describe_model.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/describe_model.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        demo="--demo" if BIOMEDICA_DEMO else "",
+        code=code_key("scripts.biomedica.describe_model"),
+    message:
+        "Describe the CLIP model"
+    shell:
+        "{params.step} scripts.biomedica.describe_model"
+        " --metrics {input.metrics:q}"
+        " --training-meta {input.training:q}"
+        " --plan {input.plan:q}"
+        " --held-out-summary {input.held_out:q}"
+        " --remote-summary {input.remote:q}"
+        " --model {input.model:q}"
+        " {params.demo}"
+        " --output {output.card:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule biomedica:
+    input:
+        rules.biomedica_evaluate.output.metrics,
+        rules.biomedica_export.output.listing,
+        rules.biomedica_describe_model.output.card,
