@@ -316,6 +316,14 @@ def test_sources_of_a_run_come_in_their_order(tmp_path):
     assert config.load({}, tmp_path / "none.yaml") == config.Config()
 
 
+@pytest.mark.parametrize("key", ["biomedica.hf_token", "biomedica.remote.token", "HF_TOKEN"])
+def test_a_token_is_refused_and_not_repeated(key, tmp_path):
+    with pytest.raises(KilnError) as caught:
+        config.load({"set": f"{key}=hf_abcdef"}, tmp_path / "none.yaml")
+    assert "export it as HF_TOKEN" in caught.value.hint
+    assert "hf_abcdef" not in str(caught.value)
+
+
 @pytest.mark.parametrize("source", ["user", "configfile", "set"])
 def test_an_unknown_key_stops_wherever_it_stands(tmp_path, source):
     user = tmp_path / "config.yaml"

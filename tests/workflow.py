@@ -67,7 +67,18 @@ def count_jobs(text: str) -> dict[str, int]:
             break
         if match := re.fullmatch(r"(\w+)\s+(\d+)", line.strip()):
             jobs[match[1]] = int(match[2])
-    targets = ("all", "biomedica", "busi", "coca", "rae", "rae_evaluate_published", "report", "vase", "vase_images", "vase_quality")
+    targets = (
+        "all",
+        "biomedica",
+        "busi",
+        "coca",
+        "rae",
+        "rae_evaluate_published",
+        "report",
+        "vase",
+        "vase_images",
+        "vase_quality",
+    )
     return {rule: n for rule, n in jobs.items() if rule not in targets}
 
 

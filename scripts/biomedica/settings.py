@@ -167,12 +167,3 @@ class BiomedicaSettings(Settings):
     )
     evaluate: EvaluateSettings = EvaluateSettings()
     resources: Literal["gpu_single", "gpu_node"] = execution("gpu_single", description="class of the rule that trains")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _token_is_no_setting(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for section in (values, *(one for one in values.values() if isinstance(one, dict))):
-                if {"hf_token", "token"} & section.keys():
-                    raise ValueError("a token is no setting: export it as HF_TOKEN, and take it out of every file")
-        return values

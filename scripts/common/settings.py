@@ -30,6 +30,7 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+SECRETS = ("hf_token", "token", "huggingface_token", "api_key")  # keys that have no place in a configuration
 
 
 def execution(default: Any, **constraints: Any) -> Any:
@@ -129,7 +130,9 @@ def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
                 ours = place.original_names.get(name) if place else None
                 near = [ours] if ours else difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
                 lines.append(f"unknown key {key!r}; allowed here: {', '.join(allowed)}")
-                if near:
+                if name.lower() in SECRETS:
+                    hints.append("a token is no setting: export it as HF_TOKEN, and take it out of every file")
+                elif near:
                     full = ".".join([*map(str, one["loc"][:-1]), near[0]])
                     hints.append(f"did you mean {full!r}?")
             else:
