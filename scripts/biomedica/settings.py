@@ -149,10 +149,7 @@ class EvaluateSettings(Settings):
 class BiomedicaSettings(Settings):
     """Pipeline `biomedica`: local and streamed figures with captions to a CLIP model and its retrieval scores."""
 
-    original_names: ClassVar[dict[str, str]] = {
-        "local_dir": "shards", "target_samples": "plan.samples", "num_epochs": "plan.epochs",
-        "batch_size": "plan.batch_size", "learning_rate": "train.lr",
-    }  # fmt: skip
+    original_names: ClassVar[dict[str, str]] = {"local_dir": "shards"}
     shards: str | None = Field(
         "data/biomedica", description="folder of local tar shards; null or empty: all is streamed"
     )
