@@ -26,7 +26,7 @@ $(INSTALLED): $(LOCK)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $(LOCK)
 	@touch $@
 
-demo: install ## vase, busi, rae and coca on embedded data; ends with the headline numbers
+demo: install ## all five pipelines on embedded data; ends with the headline numbers
 	$(DEMO)
 	@echo
 	@$(BIN)/python -m scripts.report.headlines results/demo/summary.json
