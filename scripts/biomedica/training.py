@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from open_clip import ClipLoss
 from torch import Tensor, nn
 
-from scripts.biomedica import hybrid, transforms
+from scripts.biomedica import hybrid, positions, transforms
 from scripts.biomedica.model import Clip
 from scripts.biomedica.planning import Plan
 from scripts.biomedica.reports import Report
@@ -29,8 +29,9 @@ from scripts.common.schedules import learning_rate
 
 KS = (1, 5, 10)
 PASS = 256  # pairs of a pass of validation, where the training names none
-# epoch, first batch, states of this process's lanes, {shard read to its end: pairs that it gave} as the epoch began
-Loader = Callable[[int, int, dict[int, dict[str, Any]], dict[str, int]], hybrid.Loader]
+# epoch, first batch, states of this process's lanes, {shard read to its end: pairs that it gave} as the epoch began,
+# {shard: its version} where it is known
+Loader = Callable[[int, int, dict[int, dict[str, Any]], dict[str, int], dict[str, str]], hybrid.Loader]
 
 
 class Validation(NamedTuple):
@@ -52,8 +53,9 @@ class Progress:
         lanes: {lane: where its reading stands}.
         rejected: {(shard, key): (status, reason)} of streamed pairs that gave none.
         unreachable: {shard: (reason, pairs that it gave before)}.
+        versions: {shard: the version that was read}, by which a later epoch sees that it has changed.
 
-    The last four are those of this process's own lanes until they are gathered.
+    The last five are those of this process's own lanes until they are gathered.
     """
 
     epoch: int = 0
@@ -69,9 +71,10 @@ class Progress:
     finished: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     rejected: dict[tuple[str, str], tuple[str, str]] = dataclasses.field(default_factory=dict)
     unreachable: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-GATHERED = ("lanes", "finished", "rejected", "unreachable")
+GATHERED = ("lanes", "finished", "rejected", "unreachable", "versions")
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -83,21 +86,6 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
         {"params": [p for name, p in trainable.items() if name not in still], "weight_decay": decay},
         {"params": [p for name, p in trainable.items() if name in still], "weight_decay": 0.0},
     ]
-
-
-def check(plan: Plan, values: TrainSettings, ranks: int) -> None:
-    """Refuse what processes cannot share, and a warm-up that is longer than the training.
-
-    Raises:
-        KilnError: of one of these.
-    """
-    if plan.batch_size % ranks:
-        raise KilnError(
-            f"biomedica.plan.batch_size {plan.batch_size} over {ranks} processes", f"set it to a multiple of {ranks}"
-        )
-    if plan.streamed_per_epoch and plan.lanes % ranks:
-        raise KilnError(f"biomedica.plan.lanes {plan.lanes} over {ranks} processes", f"set it to a multiple of {ranks}")
-    learning_rate(0, plan.steps, values.warmup_steps, values.lr, values.final_lr)
 
 
 def check_passes(model: nn.Module, several: bool) -> None:
@@ -150,7 +138,8 @@ class Fit:
         self.plan, self.loader, self.validation, self.values = plan, loader, validation, values
         self.accelerator, self.device = accelerator, accelerator.device
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        check(plan, values, self.ranks)
+        positions.check(plan, self.ranks)
+        learning_rate(0, plan.steps, values.warmup_steps, values.lr, values.final_lr)  # a warm-up that is too long
         self.share = plan.batch_size // self.ranks
         self.pass_size = min(values.micro_batch or self.share, self.share)
         check_passes(clip.model, self.pass_size < plan.batch_size)
@@ -205,7 +194,8 @@ class Fit:
     def _epoch(self, after_step: Callable[["Fit"], None], after_epoch: Callable[["Fit"], None]) -> None:
         at, plan = self.at, self.plan
         planned = min(plan.steps_per_epoch, at.batch + plan.steps - at.step)
-        reader = self.loader(at.epoch, at.batch, at.lanes, {name: one["train"] for name, one in at.counts.items()})
+        counts = {name: one["train"] for name, one in at.counts.items()}
+        reader = self.loader(at.epoch, at.batch, at.lanes, counts, at.versions)
         self.model.train()
         with contextlib.closing(iter(reader)) as stream:
             while at.batch < planned:
@@ -308,6 +298,7 @@ class Fit:
         at.finished |= report.finished
         at.rejected |= {(shard, key): (status, reason) for shard, key, status, reason in report.rejected}
         at.unreachable |= {shard: (reason, pairs) for shard, reason, pairs in report.unreachable}
+        at.versions |= report.versions
         found = {
             "samples_local": local, "samples_streamed": streamed, "bytes": sent.get("bytes", 0),
             "retries": sent.get("retries", 0), "reread_pairs": report.reread_pairs,
