@@ -47,7 +47,8 @@ def writer(path: Path) -> Iterator[Callable]:
                     flush()
 
             yield add
-            flush()
+            if waiting:
+                flush()
 
 
 def _open(path: Path) -> pq.ParquetFile:
