@@ -1,6 +1,7 @@
 """From figures and captions to unit vectors, by any of open_clip's models."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from scripts.biomedica import transforms
+from scripts.biomedica import checkpoints, transforms
+from scripts.biomedica.held_out import Side
+from scripts.common import progress
 
 
 class Embedder(NamedTuple):
@@ -53,3 +56,16 @@ class Embedder(NamedTuple):
     def scale(self) -> float:
         """What cosines are multiplied by, the exponential of the learnt logit scale."""
         return float(self.model.logit_scale.detach().exp())
+
+
+def similarities(model: Embedder, test: Side, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines [N, N] of test images (rows) and captions, and unit vectors [N, D] of images, `size` at a time."""
+    count = -(-len(test.table) // size)
+    images = model.images(progress.bar(test.images(size), name, count))
+    return images @ model.texts(test.captions, size).T, images
+
+
+def load(checkpoint: Path, weights: Path | None, device) -> tuple[Embedder, checkpoints.Facts]:
+    """The model of a checkpoint, on `device`, and its facts; `weights` may hold its tokenizer."""
+    model, transform, tokenizer, facts = checkpoints.load(checkpoint, weights)
+    return Embedder(model.to(device), transform, tokenizer, facts.preprocess_cfg, device), facts

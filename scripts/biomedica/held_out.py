@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from scripts.biomedica.pairs import UNKNOWN, Pair
 from scripts.common import artefacts, images
 from scripts.common.errors import KilnError
 
@@ -26,7 +29,7 @@ COLUMNS = tuple(name for name in SCHEMA.names if name != "image")
 
 
 @contextlib.contextmanager
-def writer(path: Path) -> Iterator[Callable]:
+def writer(path: Path) -> Iterator[Callable[[Pair, str], None]]:
     """A function `add(pair, source)` that appends a `pairs.Pair`; the file appears, whole, when the block ends well.
 
     At most `ROWS` images are in memory. The bytes depend on the pairs and their order alone.
@@ -40,7 +43,7 @@ def writer(path: Path) -> Iterator[Callable]:
                 file.write_table(pa.Table.from_pylist(waiting, SCHEMA), row_group_size=ROWS)
                 waiting.clear()
 
-            def add(pair, source: str) -> None:
+            def add(pair: Pair, source: str) -> None:
                 row = {name: getattr(pair, name) for name in SCHEMA.names if name != "source"}
                 waiting.append(row | {"source": source})
                 if len(waiting) == ROWS:
@@ -98,3 +101,40 @@ def decoded(files: Sequence[bytes], keys: Sequence[str], max_pixels: int = 2**62
         except images.ImageError as error:
             raise KilnError(f"held-out figure {key}: {error}", "run rule biomedica_hold_out again") from None
     return made
+
+
+class Side(NamedTuple):
+    """A held-out side: its file, its rows without images, and [N] numbers of their panel types, -1 where unknown."""
+
+    path: Path
+    table: pd.DataFrame
+    labels: np.ndarray
+
+    @property
+    def captions(self) -> list[str]:
+        """Captions, in order."""
+        return self.table["caption"].to_list()
+
+    @property
+    def articles(self) -> np.ndarray:
+        """Articles, in order."""
+        return self.table["article"].to_numpy()
+
+    def images(self, size: int):
+        """Batches of up to `size` RGB images, in order."""
+        keys, done = self.table["key"].to_list(), 0
+        for files in batches(self.path, size):
+            yield decoded(files, keys[done : done + len(files)])
+            done += len(files)
+
+
+def read_sides(folder: Path) -> tuple[Side, Side, list[str]]:
+    """Validation and test, and the panel types of both, sorted."""
+    tables = [read(folder / f"{side}.parquet") for side in SIDES]
+    classes = sorted(set().union(*(one["panel_type"] for one in tables)) - {UNKNOWN})
+    numbers = {name: number for number, name in enumerate(classes)}
+    made = [
+        Side(folder / f"{side}.parquet", table, table["panel_type"].map(lambda one: numbers.get(one, -1)).to_numpy())
+        for side, table in zip(SIDES, tables, strict=True)
+    ]
+    return *made, classes
