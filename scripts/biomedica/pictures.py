@@ -58,7 +58,7 @@ def draw_runs(path: Path, runs: Mapping[str, Any]) -> None:
     found = f"{runs['difference']:+.3f}"
     if runs["ci95"]:
         found += " [{:+.3f}, {:+.3f}]".format(*runs["ci95"])
-    title = f"Hybrid - local: {found} in recall at {runs['k']}, {runs['seeds']} seeds, {runs['steps']:,} steps each"
+    title = f"Hybrid minus local: {found} in recall at {runs['k']}, {runs['seeds']} seeds, {runs['steps']:,} steps each"
     label = f"recall at {runs['k']}, 95 % interval over articles; of the mean's difference, over articles and seeds"
     plots.intervals(path, rows, label, title, floors={"mean: local": mean["local"]}, groups=groups)
 
@@ -82,7 +82,8 @@ def draw_retrieval(path: Path, test: Side, similarity: np.ndarray, batch_size: i
     ranks = retrieval.recall_at_k(similarity, [1], (codes, codes))["row_to_column"]["ranks"]
     rows = [(kind, [tile(images[i], test, similarity[i], ranks[i], i) for i in chosen[kind]]) for kind in kinds]
     title = f"Figures and the caption that is ranked first among {len(test.table):,}"
-    sheets.contact_sheet(path, rows, title, columns=SHOWN[1], size=230, caption_lines=7)
+    longest = max(len(one.caption) for _, tiles in rows for one in tiles)
+    sheets.contact_sheet(path, rows, title, columns=SHOWN[1], size=230, caption_lines=min(7, 1 + longest // 28))
 
 
 def tile(image, test: Side, similarity: np.ndarray, rank: int, own: int) -> sheets.Tile:
