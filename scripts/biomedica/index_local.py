@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,6 +47,7 @@ SHARDS = pa.schema(
         ("tar_bytes_per_sample", pa.float64()), ("reason", pa.string()),
     ]
 )  # fmt: skip
+AGAIN = "duplicate key: an earlier shard has it"
 REJECTED = ["shard", "key", "status", "reason"]
 
 
@@ -129,27 +131,31 @@ class Counts:
     def __init__(self):
         self.sides, self.panel_types, self.statuses, self.reasons = Counter(), Counter(), Counter(), Counter()
         self.shards: list[dict] = []
-        self.without_json = 0
+        self.whole = np.zeros(2, np.int64)  # bytes and pairs of shards without damage: the mean of the repo's shards
+        self.keys = self.without_json = 0
 
-    def add(self, item: Item, facts: dict, pairs: pa.Table) -> None:
-        """One shard: its facts, and its pairs with their sides.
+    def add(self, item: Item, facts: dict, rejected: Sequence[tuple], pairs: pa.Table) -> None:
+        """One shard, by what `read_shard` wrote of it: its rows of rejected.tsv (key, status, reason) and index.parquet.
 
         Raises:
-            KilnError: the counts do not add up.
+            KilnError: they do not add up.
         """
-        if len(pairs) != facts["samples"]:
-            raise KilnError(f"{item.path}: {len(pairs)} pairs, but {facts['samples']} were read", "delete the state")
-        sides = Counter(_counts(pairs["side"]))
-        statuses = Counter(status for _, status, _ in facts["rejected"])
+        own, keys = facts["samples"], facts["samples"] + len(facts["rejected"])
+        sides, statuses = Counter(_counts(pairs["side"])), Counter(status for _, status, _ in rejected)
+        statuses = {name: statuses[name] for name in ("rejected", "quarantined")}
+        tables.reconcile(f"biomedica_index_local {item.path}", keys, samples=sum(sides.values()), **statuses)
+        self.keys += keys
         self.sides += sides
-        self.statuses += statuses
+        self.statuses.update(statuses)
         self.panel_types += Counter(_counts(pairs["panel_type"]))
-        self.reasons += Counter(reason.split(":")[0] for _, _, reason in facts["rejected"])
+        self.reasons += Counter(why.split(":")[0] for _, _, why in rejected)
         self.without_json += pc.sum(pc.equal(pairs["meta_bytes"], 0)).as_py() or 0
         row = {"shard": item.path, "bytes": item.size, "mtime_ns": item.mtime_ns, "samples": len(pairs)}
-        row |= {"train": sides["train"], "rejected": statuses["rejected"], "quarantined": statuses["quarantined"]}
-        row["tar_bytes_per_sample"] = item.size / len(pairs) if len(pairs) else None
-        self.shards.append(row | {"reason": facts["reason"]})
+        row |= {"train": sides["train"], **statuses, "tar_bytes_per_sample": item.size / own if own else None}
+        row["reason"] = facts["reason"]
+        if not row["reason"]:
+            self.whole += np.array([item.size, own])
+        self.shards.append(row)
 
     def summary(self, given: Path | None) -> dict:
         """summary.json.
@@ -157,12 +163,9 @@ class Counts:
         Raises:
             KilnError: keys do not add up.
         """
-        samples, size = sum(row["samples"] for row in self.shards), sum(row["bytes"] for row in self.shards)
-        rejected, quarantined = self.statuses["rejected"], self.statuses["quarantined"]
-        counts = tables.reconcile(
-            "biomedica_index_local", samples + sum(self.reasons.values()),
-            samples=sum(self.sides.values()), rejected=rejected, quarantined=quarantined,
-        )  # fmt: skip
+        samples = sum(self.sides.values())
+        statuses = {name: self.statuses[name] for name in ("rejected", "quarantined")}
+        counts = tables.reconcile("biomedica_index_local", self.keys, samples=samples, **statuses)
         return {
             **counts,
             "reasons": dict(sorted(self.reasons.items())),
@@ -171,8 +174,8 @@ class Counts:
             "without_json": self.without_json,
             "shards": len(self.shards),
             "damaged_shards": sum(bool(row["reason"]) for row in self.shards),
-            "bytes": size,
-            "bytes_per_sample": size / samples if samples else None,
+            "bytes": sum(row["bytes"] for row in self.shards),
+            "bytes_per_sample": float(self.whole[0] / self.whole[1]) if self.whole[1] else None,
             "note": "" if self.shards else f"no local shards ({_place(given)}): all pairs are streamed",
         }
 
@@ -196,8 +199,22 @@ def with_sides(shard: str, pairs: pa.Table, values: HeldOutSettings) -> pa.Table
     return pa.table({name: columns[name] for name in INDEX.names}, schema=INDEX)
 
 
+def first_of_each(parts: Sequence[Path]) -> list[np.ndarray]:
+    """Per part a mask (pairs,) of those whose key no earlier pair of any part has; 16 bytes of memory per pair."""
+    hashes = [
+        pd.util.hash_array(pq.read_table(part.with_suffix(".parquet"), columns=["key"])["key"].to_numpy())
+        for part in parts
+    ]
+    if not hashes:
+        return []
+    _, first = np.unique(np.concatenate(hashes), return_index=True)
+    mask = np.zeros(sum(map(len, hashes)), bool)
+    mask[first] = True
+    return np.split(mask, np.cumsum([len(one) for one in hashes])[:-1])
+
+
 def put_together(items: Sequence[Item], parts: Sequence[Path], values: HeldOutSettings, folder: Path) -> Counts:
-    """Write index.parquet, a row group for each shard, and rejected.tsv; one shard at a time is in memory."""
+    """Write index.parquet, a row group for each shard, and rejected.tsv; one shard's rows at a time are in memory."""
     counts = Counts()
     with (
         artefacts.atomic_path(folder / "index.parquet") as index,
@@ -206,16 +223,19 @@ def put_together(items: Sequence[Item], parts: Sequence[Path], values: HeldOutSe
         rejected.open("w", encoding="utf-8", newline="") as lines,
     ):
         pd.DataFrame(columns=REJECTED).to_csv(lines, sep="\t", index=False)
-        for item, part in zip(items, parts, strict=True):
+        for item, part, first in zip(items, parts, first_of_each(parts), strict=True):
             facts = read_facts(part, item)
             if facts is None:
                 raise KilnError(f"{part}.json: gone or changed since it was written", "run again, one run at a time")
-            pairs = with_sides(item.path, pq.read_table(part.with_suffix(".parquet")), values)
+            found = pq.read_table(part.with_suffix(".parquet"))
+            again = [(key, "quarantined", AGAIN) for key in found["key"].filter(pa.array(~first)).to_pylist()]
+            pairs = with_sides(item.path, found.filter(pa.array(first)), values)
             if len(pairs):
                 writer.write_table(pairs, row_group_size=len(pairs))
-            frame = pd.DataFrame([(item.path, *row) for row in facts["rejected"]], columns=REJECTED)
+            rejected_rows = sorted([*map(tuple, facts["rejected"]), *again])
+            frame = pd.DataFrame([(item.path, *row) for row in rejected_rows], columns=REJECTED)
             frame.to_csv(lines, sep="\t", index=False, header=False)
-            counts.add(item, facts, pairs)
+            counts.add(item, facts, rejected_rows, pairs)
     return counts
 
 
