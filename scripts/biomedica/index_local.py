@@ -135,7 +135,7 @@ class Counts:
         self.keys = self.without_json = 0
 
     def add(self, item: Item, facts: dict, rejected: Sequence[tuple], pairs: pa.Table) -> None:
-        """One shard, by what `read_shard` wrote of it: its rows of rejected.tsv (key, status, reason) and index.parquet.
+        """One shard, by what `read_shard` wrote of it, its rows of rejected.tsv (key, status, reason) and its pairs.
 
         Raises:
             KilnError: they do not add up.

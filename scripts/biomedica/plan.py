@@ -26,7 +26,7 @@ def describe(plan: Plan, listed: dict) -> list[str]:
         f"{plan.samples:,} pairs an epoch in {plan.steps_per_epoch:,} batches of {plan.batch_size}, "
         f"{plan.steps:,} steps in {plan.epochs} epochs",
         f"{plan.local_share:.1f} % local ({plan.local_per_epoch:,}), {plan.streamed_share:.1f} % streamed "
-        f"({plan.streamed_per_epoch:,}): {_gigabytes(plan)} GB over the network per epoch, nothing on disk",
+        f"({plan.streamed_per_epoch:,}): {_network(plan)} over the network per epoch, nothing on disk",
     ]
     if not plan.streamed_per_epoch:
         lines[1] = f"all {plan.local_per_epoch:,} pairs are local: nothing is streamed"
@@ -43,8 +43,9 @@ def describe(plan: Plan, listed: dict) -> list[str]:
     return lines
 
 
-def _gigabytes(plan: Plan) -> str:
-    return f"{plan.network_bytes_per_epoch / 1e9:,.{1 if plan.network_bytes_per_epoch > 1e9 else 4}f}"
+def _network(plan: Plan) -> str:
+    size = plan.network_bytes_per_epoch
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def picture(path: Path, plan: Plan, index: dict, on_disk: int) -> None:
@@ -68,7 +69,7 @@ def picture(path: Path, plan: Plan, index: dict, on_disk: int) -> None:
             },
         },
         f"{plan.local_share:.1f} % local, {plan.streamed_share:.1f} % streamed: "
-        f"{_gigabytes(plan)} GB over the network per epoch",
+        f"{_network(plan)} over the network per epoch",
     )
 
 
