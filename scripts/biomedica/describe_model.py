@@ -16,12 +16,12 @@ from scripts.common.errors import KilnError
 NAME = "biomedica-clip"
 INTENDED_USE = (
     "Research on search in biomedical figures, on zero-shot classification of them, and as a starting point of further "
-    "training. **Not for diagnosis**: not for any decision about a person. It is no medical device and was tested on no "
-    "patients."
+    "training. **Not for diagnosis**: not for any decision about a person. It is no medical device and was tested on "
+    "no patients."
 )
 ORIGIN = (
-    "Figures and captions come from open-access articles: other journals, kinds of figures and languages will lower the "
-    "scores. Captions name what authors found worth saying, not all that a figure shows."
+    "Figures and captions come from open-access articles: other journals, kinds of figures and languages will lower "
+    "the scores. Captions name what authors found worth saying, not all that a figure shows."
 )
 DRAWN = (
     "Demo data: figures are drawn by a rule, and captions are put together from a few words. The scores say that the "
