@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
         "summary": made,
         "left_out": left_out | ({"zero_shot": why} if why else {}),
         "data": {"validation": side_counts(validation), "test": side_counts(test)},
-        "model": {"name": facts.name, "arm": facts.arm, "seed": facts.seed, "step": facts.step, "epoch": facts.epoch},
+        "model": {key: value for key, value in facts._asdict().items() if not key.endswith("_cfg")},
         "before": score(before, test, prompts, own, "before")[0],
         "after": sections,
         "trivial": floors,

@@ -81,20 +81,13 @@ def keep_local(sides: Sides, local: LocalPairs, seed: int) -> dict[str, dict[str
     counts = {}
     for side in held_out.SIDES:
         rows = local.rows(side).tolist()
-        keys = {row: local.key(row) for row in rows}
-        rows.sort(key=lambda row: (hashed.unit(seed, keys[row]), row))
-        doubled = 0
+        rows.sort(key=lambda row: (hashed.unit(seed, local.key(row)), row))
         for row in rows:
             if sides.full(side):
                 break
-            if sides.takes(keys[row], side):
-                sides.keep(local.read(row), held_out.LOCAL)
-            else:
-                doubled += 1
+            sides.keep(local.read(row), held_out.LOCAL)
         kept = sides.count(side)
-        counts[side] = tables.reconcile(
-            f"local pairs of {side}", len(rows), kept=kept, doubled=doubled, left_out=len(rows) - kept - doubled
-        )
+        counts[side] = tables.reconcile(f"local pairs of {side}", len(rows), kept=kept, left_out=len(rows) - kept)
     return counts
 
 
