@@ -111,13 +111,12 @@ rule biomedica_list_remote:
         execution=outside(execution(remote="biomedica.remote")),
         settings=numerics(remote="biomedica.remote", samples="biomedica.plan.samples"),
         code=code_key("scripts.biomedica.list_remote"),
-        folder=subpath(output.shards, parent=True),
     message:
         "List the shards of the repo"
     shell:
         "{params.hub} {params.step} scripts.biomedica.list_remote"
         " --index {params.index:q}"
-        " --output-folder {params.folder:q}"
+        " --output {output.shards:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --code-key {params.code}"
@@ -149,7 +148,7 @@ rule biomedica_hold_out:
         index=subpath(input.index, parent=True),
         remote=subpath(input.remote, parent=True),
         execution=outside(execution(remote="biomedica.remote")),
-        settings=numerics(index="biomedica.index", held_out="biomedica.held_out"),
+        settings=numerics(index="biomedica.index", remote="biomedica.remote", held_out="biomedica.held_out"),
         code=code_key("scripts.biomedica.hold_out"),
         folder=subpath(output.test, parent=True),
     message:
@@ -198,7 +197,6 @@ rule biomedica_plan:
         remote=subpath(input.remote, parent=True),
         settings=numerics(plan="biomedica.plan", held_out="biomedica.held_out"),
         code=code_key("scripts.biomedica.plan"),
-        folder=subpath(output.plan, parent=True),
     message:
         "Plan the {wildcards.arm} epochs"
     shell:
@@ -206,7 +204,7 @@ rule biomedica_plan:
         " --index {params.index:q}"
         " --remote {params.remote:q}"
         " --arm {wildcards.arm}"
-        " --output-folder {params.folder:q}"
+        " --output {output.plan:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
         " --threads {threads}"
@@ -266,7 +264,12 @@ rule biomedica_train_clip:
         state=lambda wildcards, output: f"{STATE}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
         tracker=lambda wildcards, output: f"{LOGS}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
         settings=numerics(
-            index="biomedica.index", held_out="biomedica.held_out", model="biomedica.model", train="biomedica.train"
+            index="biomedica.index",
+            remote="biomedica.remote",
+            held_out="biomedica.held_out",
+            plan="biomedica.plan",
+            model="biomedica.model",
+            train="biomedica.train",
         ),
         code=code_key(*BIOMEDICA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
@@ -324,7 +327,10 @@ rule biomedica_evaluate:
         held_out=subpath(input.test, parent=True),
         init=outside(BIOMEDICA_INIT),
         runs=lambda wildcards, input: " ".join(
-            f"--run {run}={shlex.quote(path)}" for run, path in zip(BIOMEDICA_RUNS, input.runs, strict=True)
+            [
+                *["--runs"][: len(BIOMEDICA_RUNS)],
+                *(f"{run}={shlex.quote(path)}" for run, path in zip(BIOMEDICA_RUNS, input.runs, strict=True)),
+            ]
         ),
         settings=numerics(evaluate="biomedica.evaluate", model="biomedica.model"),
         code=code_key("scripts.biomedica.evaluate"),
@@ -349,6 +355,7 @@ rule biomedica_evaluate:
 rule biomedica_export:
     input:
         checkpoint=rules.biomedica_evaluate.input.checkpoint,
+        weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
     output:
         listing=f"{BIOMEDICA}/export/model/files.json",
         meta=f"{BIOMEDICA}/export/meta.json",
@@ -363,6 +370,7 @@ rule biomedica_export:
         **class_resources("light"),
     params:
         step=outside(STEP),
+        init=outside(BIOMEDICA_INIT),
         code=code_key("scripts.biomedica.export"),
         folder=subpath(output.listing, parent=True),
     message:
@@ -370,6 +378,7 @@ rule biomedica_export:
     shell:
         "{params.step} scripts.biomedica.export"
         " --checkpoint {input.checkpoint:q}"
+        " {params.init}"
         " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
@@ -381,12 +390,14 @@ rule biomedica_describe_model:
     input:
         metrics=rules.biomedica_evaluate.output.metrics,
         training=f"{BIOMEDICA}/train_clip/{BIOMEDICA_MAIN}/meta.json",
-        plan=expand(rules.biomedica_plan.output.plan, arm="hybrid"),
-        held_out=rules.biomedica_hold_out.output.summary,
+        index=rules.biomedica_index_local.output.summary,
         remote=rules.biomedica_list_remote.output.summary,
+        held_out=rules.biomedica_hold_out.output.summary,
+        plan=expand(rules.biomedica_plan.output.plan, arm="hybrid"),
         model=rules.biomedica_export.output.listing,
     output:
         card=f"{BIOMEDICA}/describe_model/README.md",
+        model=f"{BIOMEDICA}/describe_model/model/files.json",
         meta=f"{BIOMEDICA}/describe_model/meta.json",
     log:
         f"{LOGS}/biomedica/describe_model.log",
@@ -399,20 +410,25 @@ rule biomedica_describe_model:
         **class_resources("light"),
     params:
         step=outside(STEP),
+        base=model_card_options(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else "",
         demo="--demo" if BIOMEDICA_DEMO else "",
+        model=subpath(input.model, parent=True),
         code=code_key("scripts.biomedica.describe_model"),
+        folder=subpath(output.card, parent=True),
     message:
         "Describe the CLIP model"
     shell:
         "{params.step} scripts.biomedica.describe_model"
         " --metrics {input.metrics:q}"
         " --training-meta {input.training:q}"
-        " --plan {input.plan:q}"
-        " --held-out-summary {input.held_out:q}"
+        " --index-summary {input.index:q}"
         " --remote-summary {input.remote:q}"
-        " --model {input.model:q}"
+        " --held-out-summary {input.held_out:q}"
+        " --plan {input.plan:q}"
+        " --weights {params.model:q}"
+        " {params.base}"
         " {params.demo}"
-        " --output {output.card:q}"
+        " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
