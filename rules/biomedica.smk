@@ -21,6 +21,8 @@ STEPS: index, list, hold out, plan, train (while streaming), evaluate, export, d
 The arm `hybrid` trains on local and streamed pairs, `local` as many steps on local ones alone, for comparison.
 """
 
+import json
+
 from scripts.biomedica.settings import ARMS as BIOMEDICA_ARMS
 
 BIOMEDICA = f"{RESULTS}/biomedica"
@@ -41,9 +43,16 @@ def biomedica_hub(consumer):
     return [f"{DEMO}/serve_hub/{consumer}.url"] if BIOMEDICA_DEMO else []
 
 
-def biomedica_endpoint(name):
-    """What lets a step find that hub; `name` is that of its input."""
-    return f"env HF_ENDPOINT=$(cat {shlex.quote(name)})" if BIOMEDICA_DEMO else ""
+def biomedica_endpoint(consumer):
+    """What lets the step of that job find its hub."""
+    return " ".join(f"env HF_ENDPOINT=$(cat {shlex.quote(path)})" for path in biomedica_hub(consumer))
+
+
+def biomedica_settings(seed):
+    """Numerics of a run with its own seed."""
+    places = {name: f"biomedica.{name}" for name in ("index", "remote", "held_out", "plan", "model", "train")}
+    values = json.loads(numerics(**places))
+    return kiln_settings.to_json(values | {"train": values["train"] | {"seed": seed}})
 
 
 rule biomedica_index_local:
@@ -106,7 +115,7 @@ rule biomedica_list_remote:
     threads: 1
     params:
         step=outside(STEP_ONLINE),
-        hub=outside(biomedica_endpoint(f"{DEMO}/serve_hub/list_remote.url")),
+        hub=outside(biomedica_endpoint("list_remote")),
         index=subpath(input.index, parent=True),
         execution=outside(execution(remote="biomedica.remote")),
         settings=numerics(remote="biomedica.remote", samples="biomedica.plan.samples"),
@@ -252,7 +261,9 @@ rule biomedica_train_clip:
         **class_resources(CONFIG.biomedica.resources),
     params:
         step=outside(STEP_ONLINE if BIOMEDICA_REPO else STEP),
-        hub=lambda wildcards, input, output: biomedica_endpoint(input.hub) if input.hub else "",
+        hub=lambda wildcards, output: (
+            biomedica_endpoint(f"train-{wildcards.seed}") if wildcards.arm == "hybrid" else ""
+        ),
         shards=outside(BIOMEDICA_LOCAL),
         init=outside(BIOMEDICA_INIT),
         index=subpath(input.index, parent=True),
@@ -263,14 +274,7 @@ rule biomedica_train_clip:
         launcher=outside(launcher(CONFIG.biomedica.resources)),
         state=lambda wildcards, output: f"{STATE}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
         tracker=lambda wildcards, output: f"{LOGS}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
-        settings=numerics(
-            index="biomedica.index",
-            remote="biomedica.remote",
-            held_out="biomedica.held_out",
-            plan="biomedica.plan",
-            model="biomedica.model",
-            train="biomedica.train",
-        ),
+        settings=lambda wildcards: biomedica_settings(int(wildcards.seed)),
         code=code_key(*BIOMEDICA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
     message:
@@ -283,7 +287,6 @@ rule biomedica_train_clip:
         " --remote {params.remote:q}"
         " --held-out {params.held_out:q}"
         " {params.init}"
-        " --seed {wildcards.seed}"
         " --state-folder {params.state:q}"
         " --tracker-folder {params.tracker:q}"
         " --output-folder {params.folder:q}"
