@@ -719,6 +719,17 @@ def test_without_local_pairs_the_head_of_a_shard_is_measured_and_pure_streaming_
     assert len(table) == 1 and summary["other_files"] == 4 and len(server.asked("/resolve/")) == 1
 
 
+def test_shards_without_a_listed_hash_are_read_all_the_same(server, shards, tmp_path):
+    data = server.repos[f"datasets/{REPO}"]["small.bin"] = tar_of(["1-PMC1-0-x"])  # too small for LFS
+    listing = Listing(tmp_path, 0)
+    done = listing.run(pattern="*.bin")
+    assert done.returncode == 0, done.stderr
+    table, summary = listing.read()
+    assert table["sha256"].isna().all() and summary["bytes_per_sample"] == 5632
+    with hub().open(*table.iloc[0]) as stream:
+        assert stream.read() == data
+
+
 def test_only_the_head_of_a_large_shard_is_read(server, monkeypatch):
     data = tar_of([f"1-PMC{i}-0-x" for i in range(400)], image_bytes=100_000)
     server.repos[f"datasets/{REPO}"][NAME] = data

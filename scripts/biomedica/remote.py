@@ -134,7 +134,7 @@ class Hub:
 
         Args:
             name: of the shard in the repo.
-            bytes, sha256: as listed; the hash may be unknown.
+            bytes, sha256: as listed; the hash may be unknown: None, or NaN as pandas has it.
             start: 0 to `bytes`.
 
         Raises (here or while reading):
@@ -144,6 +144,7 @@ class Hub:
         """
         if not 0 <= start <= bytes:
             raise ValueError(f"{name}: start {start}, expected 0 to {bytes}")
+        sha256 = sha256 if isinstance(sha256, str) else None
         if self.cache is None:
             return RemoteFile(self, name, bytes, sha256, start)
         key = sha256 or artefacts.sha256_text(self.endpoint, self.remote.repo, self.revision, name)
