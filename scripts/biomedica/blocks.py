@@ -74,7 +74,7 @@ class Blocks:
         self.again = state["taken"] > 0  # the block was read before, and told of
         self._index, self._resume = state["index"], Resume(*state["resume"])
         self._counts = dict.fromkeys(COUNTS, 0) | state["counts"]
-        self._limits = {index: items for index, items in state["broken"]} if self.again else {}
+        self._limits = dict(state["broken"]) if self.again else {}
         self._broken: list[tuple[int, int]] = []
         self._report = Report()
         self._reader: Reader | None = None
