@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from open_clip import ClipLoss
 from torch import distributed
 
-from scripts.biomedica import model, training, transforms
+from scripts.biomedica import model, transforms
 from scripts.biomedica.hybrid import Batch
 from scripts.biomedica.planning import Plan
 from scripts.biomedica.reports import Report
@@ -72,7 +72,6 @@ class Reader:
     def __init__(self, pairs, plan: Plan, rank: int, ranks: int, epoch: int, start: int, end: int | None):
         self.pairs, self.plan, self.rank, self.ranks = pairs, plan, rank, ranks
         self.epoch, self.start, self.end = epoch, start, plan.steps_per_epoch if end is None else end
-        self.shortfall = None
 
     def __iter__(self):
         size = self.plan.batch_size
@@ -92,7 +91,7 @@ class Reader:
                 [str(int(row)) for row in rows], report,
             )  # fmt: skip
         if self.end < self.plan.steps_per_epoch:
-            self.shortfall = SimpleNamespace(report=Report(transfer=Counter(bytes=7)))
+            yield Batch(*[torch.empty(0)] * 5, [], Report(transfer=Counter(bytes=7)))
 
 
 def open_fit(plan: Plan | None = None, device: str = "cpu", ends: dict[int, int] | None = None, asked=None,
@@ -259,7 +258,7 @@ def two_of_one(rank: int, wanted: dict, losses: list[dict], weights_of_one: dict
         assert torch.equal(value, weights(fit)[name]), name
     with pytest.raises(KilnError, match="batch_size 13 over 2 processes"):
         open_fit(plan_of(batch_size=13))
-    with pytest.raises(KilnError, match="lanes 3 over 2 processes"):
+    with pytest.raises(KilnError, match="3 lanes over 2 processes"):
         open_fit(plan_of(lanes=3))
 
 
@@ -271,10 +270,11 @@ def test_two_processes_make_the_update_of_one(whole):
 
 
 def short_on_one(rank: int) -> None:
-    """What only one process lacks, none goes on without."""
-    accelerator = devices.make_accelerator("cpu", "fp32", 1)
-    agree = training.agree(accelerator)
-    assert [agree(True), agree(rank == 0), agree(False)] == [True, False, False]
+    """Where one process lacks pairs, none goes on without it."""
+    fit = run(open_fit(ends={1: 2} if rank else {1: 3}))
+    assert [row["batches"] for row in fit.at.history] == [4, 2, 4] and fit.at.step == 10
+    assert fit.at.totals["samples_local"] + fit.at.totals["samples_streamed"] == 120
+    assert fit.at.totals["bytes"] == 2 * 10 * 100 + 100 + 7
 
 
 @pytest.mark.slow
@@ -316,11 +316,12 @@ def test_counts_of_shards_change_the_order_from_the_next_epoch_on():
     fit = open_fit(asked=asked)
     fit.run(lambda fit: states.append(torch_bytes(fit.state())), nothing)
     assert [one[:2] for one in asked] == [(0, 0), (1, 0), (2, 0)]
-    assert [one[3] for one in asked] == [{}, {"e0r0.tar": 8}, {"e0r0.tar": 8, "e1r0.tar": 8}]
+    assert [list(one[3]) for one in asked] == [[], ["e0r0.tar"], ["e0r0.tar", "e1r0.tar"]]
+    assert asked[1][3]["e0r0.tar"]["train"] == 8
     again = open_fit(asked=(late := []))
     again.load_state(torch.load(states[6], weights_only=True))  # after the shard that batch 1 of epoch 1 ends
     run(again)
-    assert late[0] == (1, 3, {lane: {"after": 3} for lane in range(LANES)}, {"e0r0.tar": 8})
+    assert late[0] == (1, 3, {lane: {"after": 3} for lane in range(LANES)}, asked[1][3])
     assert late[1][3] == asked[2][3]
 
 
