@@ -303,7 +303,7 @@ rule biomedica_evaluate:
     input:
         test=rules.biomedica_hold_out.output.test,
         checkpoint=f"{BIOMEDICA}/train_clip/{BIOMEDICA_MAIN}/model.safetensors",
-        runs=expand(f"{BIOMEDICA}/train_clip/{{run}}/model.safetensors", run=BIOMEDICA_RUNS),
+        runs=expand(f"{BIOMEDICA}/train_clip/{{run}}/last.safetensors", run=BIOMEDICA_RUNS),
         weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
     output:
         metrics=f"{BIOMEDICA}/evaluate/metrics.json",
