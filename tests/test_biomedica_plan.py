@@ -108,7 +108,7 @@ def test_a_shortfall_that_is_known_fails_or_shortens_epochs_by_setting():
 
 def test_lanes_that_cannot_share_the_shards_evenly_are_a_shortfall():
     nine = shards(9)  # 86,400 pairs, but one lane of eight has two shards and the others one
-    with pytest.raises(KilnError, match="86400 more, of which 768") as caught:
+    with pytest.raises(KilnError, match="86400 more, of which 8 lanes that read equally many can use 768") as caught:
         made(local=0, remote=nine, samples=80_000)
     assert "fewer biomedica.plan.lanes" in caught.value.hint
     assert made(local=0, remote=nine, samples=80_000, lanes=3).shortfall == 0
@@ -194,13 +194,21 @@ def test_the_schedule_covers_the_quotas_of_every_epoch(drawn, rng):
     values, local, remote, found = drawn
     expected = {name: facts["expected_samples"] for name, facts in found.shards.items()}
     assert expected == ({name: int(size / 10.0 * 0.96) for name, size in remote} if found.lanes else {})
-    assert found.lanes == (min(values.lanes, len(remote)) if expected else 0)
+    assert found.lanes == (min(values.lanes, len(remote)) if found.streamed_per_epoch else 0)
     assert len(found.schedule) == len(found.reserve) == values.epochs
     for epoch in range(values.epochs):
         check_schedule(found, epoch, (found.schedule[epoch], found.reserve[epoch]), expected)
         for lane in range(found.lanes):
             held = sum(expected[name] for name in epoch_shards(found, epoch, {})[lane])
             assert held >= quota(found.streamed_per_epoch, found.lanes, lane)
+    if found.shortfall:  # what the refusal says would do does
+        strict = values.model_copy(update={"shortfall": "fail"})
+        with pytest.raises(KilnError) as caught:
+            make_plan(strict, HELD_OUT, "hybrid", local, remote, 10.0)
+        most = int(caught.value.hint.split("at most ")[1].split(",")[0])
+        assert most == values.samples - found.shortfall
+        enough = strict.model_copy(update={"samples": most})
+        assert make_plan(enough, HELD_OUT, "hybrid", local, remote, 10.0).samples == found.samples
     shuffled = rng.sample(remote, len(remote))
     assert make_plan(values, HELD_OUT, "hybrid", local, shuffled, 10.0) == found  # the listing's order is nothing
     assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found

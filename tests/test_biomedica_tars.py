@@ -48,8 +48,9 @@ def check_restarts(data, **options):
     """From each state the rest follows, and the same error at the end."""
     items, states, error = read(data, **options)
     for number, state in enumerate(states):
-        rest, _, same = read(data, Resume(*json.loads(json.dumps(state))), **options)
+        rest, later, same = read(data, Resume(*json.loads(json.dumps(state))), **options)
         assert rest == items[number:] and same == error
+        assert later == states[number:]  # so that a restart of a restart is one, too
     return items, states, error
 
 
@@ -192,6 +193,13 @@ def test_a_key_with_a_link_is_refused_altogether_wherever_the_link_is(place):
     kinds = [type(item) for item in items]
     assert items[-1].key == key(2)
     assert kinds == ([Bad, Raw] if place < 3 else [Raw, Bad, Raw])  # what was given cannot be taken back
+
+
+def test_a_link_has_no_data_whatever_size_its_header_says():
+    info = special("h.bin", tarfile.LNKTYPE, "x")
+    info.size = 1000
+    items, _, error = read(info.tobuf(tarfile.GNU_FORMAT) + tar_bytes(members(small(1))))
+    assert [item.key for item in items] == ["h", key(1)] and error is None
 
 
 def test_folders_are_passed_over():

@@ -19,7 +19,7 @@ AGAIN = "run biomedica_index_local again: it reads what has changed"
 
 
 class LocalPairs:
-    """The pairs of an index: about 100 bytes of memory each, images and captions stay in the shards.
+    """The pairs of an index: about 130 bytes of memory each, images and captions stay in the shards.
 
     Rows are numbered as in index.parquet. May be pickled (the index is then read anew), forked, and read by threads:
     reading moves no file position.
@@ -35,15 +35,16 @@ class LocalPairs:
     def __init__(self, index_folder: Path, shards_folder: Path | None):
         self._given = (index_folder, shards_folder)
         self._folder, path = shards_folder, index_folder / "index.parquet"
-        table = read_columns(path, ["key", *NUMBERS, *REPEATED], REPEATED)
-        if len(table) and shards_folder is None:
-            raise KilnError(f"{path}: {len(table)} local pairs, but no folder of shards", "give --shards")
-        self._keys = table["key"].cast(pa.large_string()).combine_chunks()
-        self._numbers = {name: table[name].to_numpy() for name in NUMBERS}
+        # one column after another: the whole table at once takes three times the memory
+        self._keys = read_columns(path, ["key"])["key"].cast(pa.large_string()).combine_chunks()
+        if len(self._keys) and shards_folder is None:
+            raise KilnError(f"{path}: {len(self._keys)} local pairs, but no folder of shards", "give --shards")
+        self._numbers = {name: read_columns(path, [name])[name].to_numpy() for name in NUMBERS}
         self._codes, self._names = {}, {}
         for name in REPEATED:
-            column = table[name].unify_dictionaries().combine_chunks()
+            column = read_columns(path, [name], REPEATED)[name].unify_dictionaries().combine_chunks()
             self._codes[name], self._names[name] = column.indices.to_numpy(), column.dictionary.to_pylist()
+        pa.default_memory_pool().release_unused()
         known = read_columns(index_folder / "shards.parquet", ["shard", "bytes", "mtime_ns"]).to_pylist()
         self._known = {one["shard"]: (one["bytes"], one["mtime_ns"]) for one in known}
         self._file = functools.lru_cache(OPEN_SHARDS)(_File)

@@ -161,12 +161,15 @@ def make_plan(
     wanted = max(values.samples // batch * batch - own, 0)
     sizes = _expected(remote, bytes_per_sample, held_out) if wanted else {}
     lanes = min(values.lanes, len(sizes))
-    dealt = [_deal(_order(sizes, values.seed, epoch), sizes, wanted, lanes) for epoch in range(values.epochs)]
-    held = min(_capacity(one, sizes) for one in dealt)
-    target = values.samples if held >= wanted else own + held
-    samples = target // batch * batch
+    target = values.samples
+    dealt = _deal_epochs(sizes, values, wanted, lanes)
+    while (held := min(_capacity(one, sizes) for one in dealt)) < wanted:  # fewer are dealt in another way
+        target = own + held
+        wanted = max(target // batch * batch - own, 0)
+        dealt = _deal_epochs(sizes, values, wanted, lanes)
     if target < values.samples and values.shortfall == "fail":
-        raise _too_few(values, own, sizes, held, wanted)
+        raise _too_few(values, own, sizes, target)
+    samples = target // batch * batch
     if not samples:
         raise KilnError(
             f"{target} pairs to train on ({own} local), fewer than a batch of {batch}",
@@ -181,10 +184,10 @@ def make_plan(
                 f"{own} local pairs to train on, fewer than a batch of {batch}",
                 "arm local needs local shards: add some, or set biomedica.plan.batch_size lower",
             )
-        own, epochs, sizes, lanes = samples, math.ceil(steps / (samples // batch)), {}, 0
+        own, epochs = samples, math.ceil(steps / (samples // batch))
     streamed = samples - own
-    if streamed != wanted:
-        dealt = [_deal(_order(sizes, values.seed, epoch), sizes, streamed, lanes) for epoch in range(epochs)]
+    if not streamed:
+        sizes, lanes, dealt = {}, 0, [([], [])] * epochs
     network = round(streamed * bytes_per_sample / _train_share(held_out)) if streamed else 0
     return Plan(
         arm=arm,
@@ -253,17 +256,23 @@ def _deal(
     return planned, reserve
 
 
+def _deal_epochs(
+    sizes: Mapping[str, int], values: PlanSettings, streamed: int, lanes: int
+) -> list[tuple[list[list[str]], list[list[str]]]]:
+    return [_deal(_order(sizes, values.seed, epoch), sizes, streamed, lanes) for epoch in range(values.epochs)]
+
+
 def _capacity(dealt: tuple[list[list[str]], list[list[str]]], sizes: Mapping[str, int]) -> int:
     """The most streamed pairs of which each lane's shards are expected to hold its quota."""
     held = [sum(sizes[name] for name in (*own, *more)) for own, more in zip(*dealt, strict=True)]
     return min((own * len(held) + lane for lane, own in enumerate(held)), default=0)
 
 
-def _too_few(values: PlanSettings, own: int, sizes: Mapping[str, int], held: int, wanted: int) -> KilnError:
+def _too_few(values: PlanSettings, own: int, sizes: Mapping[str, int], target: int) -> KilnError:
     total, lanes = sum(sizes.values()), min(values.lanes, len(sizes))
     return KilnError(
         f"{values.samples} pairs are wanted: {own} are local, and {len(sizes)} shards of the repo are expected to hold "
-        f"{total} more, of which {held} can be used by {lanes} lanes that read equally many; {wanted} are needed",
-        f"set biomedica.plan.samples to at most {own + held}, biomedica.plan.shortfall to fewer"
-        + (", or fewer biomedica.plan.lanes" if total >= wanted else ", or add shards"),
+        f"{total} more, of which {lanes} lanes that read equally many can use {target - own}",
+        f"set biomedica.plan.samples to at most {target}, biomedica.plan.shortfall to fewer"
+        + (", or fewer biomedica.plan.lanes" if own + total >= values.samples else ", or add shards"),
     )

@@ -131,7 +131,7 @@ class Reader:
         items that were given are skipped. Either is done by the reader that gets it.
         """
         if self._open or self._refused or not self._next:
-            return Resume(0, self._given)
+            return Resume(0, max(self._given, self._skip))
         return Resume(self._next, self._given, "".join(sorted(self._seen)))
 
     def __iter__(self) -> Iterator[Raw | Bad]:
