@@ -27,7 +27,7 @@ class Plan:
         network_bytes_per_epoch: expected; pairs held out are passed over, but come along.
         disk_saved_bytes: what the pairs streamed in an epoch would take on disk.
         local_share, streamed_share: in percent of `samples`.
-        shards: {name: {"bytes", "expected_samples"}} of the repo.
+        shards: {name: {"bytes", "expected_samples"}} of the repo, without those that are local.
         schedule: per epoch, per lane: names of shards in the order in which they are read.
         reserve: the same of the shards that are read if the planned ones hold too little.
         seed: of the order of shards.
@@ -108,6 +108,34 @@ def epoch_shards(plan: Plan, epoch: int, counts: Mapping[str, int]) -> list[list
         sizes = {name: counts.get(name, facts["expected_samples"]) for name, facts in plan.shards.items()}
         planned, reserve = _deal(_order(sizes, plan.seed, epoch), sizes, plan.streamed_per_epoch, plan.lanes)
     return [[*own, *more] for own, more in zip(planned, reserve, strict=True)]
+
+
+def not_local(
+    remote: Sequence[tuple[str, int]], local: Mapping[str, tuple[int, str]]
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """The (name, bytes) of the repo's shards that are not local, and the names of those that are, so that no pair comes
+    twice in an epoch.
+
+    A shard is local if a local path ends its name, or its name a local path, and if both have as many bytes or the
+    local one is damaged (a download that was cut).
+
+    Args:
+        local: {path below the folder: (bytes, reason, "" if it is whole)}.
+    """
+    by_file: dict[str, list[str]] = {}
+    for path in local:
+        by_file.setdefault(path.rpartition("/")[2], []).append(path)
+
+    def is_local(name: str, size: int) -> bool:
+        for path in by_file.get(name.rpartition("/")[2], ()):
+            short, long = sorted((f"/{name}", f"/{path}"), key=len)
+            own, reason = local[path]
+            if long.endswith(short) and (own == size or reason):
+                return True
+        return False
+
+    names = [name for name, size in remote if is_local(name, size)]
+    return [one for one in remote if one[0] not in set(names)], names
 
 
 def make_plan(

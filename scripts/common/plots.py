@@ -260,6 +260,36 @@ def funnel(path: Path, stages: Sequence[tuple[str, int]], title: str) -> None:
         save(figure, path)
 
 
+def shares(path: Path, rows: Mapping[str, Mapping[str, int]], title: str) -> None:
+    """Each row {label: {part: count}} as a bar of its parts, up to four, with counts and shares below; a row without
+    items is left empty.
+
+    Raises:
+        KilnError: no row, more parts than have room, or a negative count.
+    """
+    counts = [count for parts in rows.values() for count in parts.values()]
+    if not counts or min(counts) < 0 or max(map(len, rows.values())) > 4:
+        raise KilnError(f"{path.name}: rows {dict(rows)}", "give rows of one to four parts, and counts of 0 or more")
+    with style():
+        figure, axes = _axes(8.6, 1.0 + 1.0 * len(rows), title)
+        axes.grid(False)
+        for row, parts in enumerate(rows.values()):
+            total, left = sum(parts.values()), 0.0
+            for place, (name, count) in enumerate(parts.items()):
+                share, colour = count / total if total else 0.0, PALETTE[place]
+                axes.barh(row, share, left=left, color=colour, height=0.42)
+                axes.plot(0.25 * place + 0.008, row + 0.42, "s", color=colour, markersize=7, clip_on=False)
+                axes.text(0.25 * place + 0.022, row + 0.42, f"{name} {count:,}", va="center", fontsize=9)
+                axes.text(0.25 * place + 0.022, row + 0.62, f"{share:.1%}", va="center", fontsize=9, color=GREY)
+                left += share
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set(xlim=(0, 1), ylim=(len(rows) - 0.25, -0.35))
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        save(figure, path)
+
+
 def reliability(path: Path, models: Mapping[str, tuple[Sequence[Mapping], float]], title: str) -> None:
     """Reliability diagrams side by side, {name: (bins, expected calibration error)}.
 

@@ -34,14 +34,15 @@ class Scan(NamedTuple):
     ignored: int
 
 
-def scan(folder: Path, extensions: Iterable[str]) -> Scan:
+def scan(folder: Path, extensions: Iterable[str], may_be_empty: bool = False) -> Scan:
     """Names, sizes and mtimes below `folder`, at any depth, through links, in one walk.
 
     Files and folders whose name starts with a dot are left alone and not counted; so is a link to a
     folder that it lies in, which would never end.
 
     Raises:
-        KilnError: the folder is missing or unreadable, or holds no file with one of the extensions.
+        KilnError: the folder is missing or unreadable, or holds no file with one of the extensions, unless it
+            `may_be_empty`.
     """
     endings = tuple(e.lower() for e in extensions)
     if not folder.is_dir():
@@ -53,7 +54,7 @@ def scan(folder: Path, extensions: Iterable[str]) -> Scan:
             f"{error.filename or folder}: cannot be listed ({error.strerror})",
             "make it readable, or move it out of the folder of images",
         ) from error
-    if not items:
+    if not items and not may_be_empty:
         raise KilnError(
             f"{folder}: no file ends with one of {', '.join(endings)} ({ignored} other files)",
             "check the folder and the file endings",
