@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import multiprocessing
 import os
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from biomedica_streams import (
+    HELD_OUT,
     MemoryHub,
     MemoryLocal,
     lane_threads,
@@ -17,13 +19,14 @@ from biomedica_streams import (
     make_reading,
     shard,
     transform,
-)  # fmt: skip
+)
 from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.biomedica import positions
+from scripts.biomedica import index_local, positions
 from scripts.biomedica.hybrid import Batch, Loader
+from scripts.biomedica.local import LocalPairs
 from scripts.biomedica.remote import Hub, ShardChanged
 from scripts.biomedica.reports import Report
 from scripts.biomedica.settings import RemoteSettings
@@ -163,6 +166,27 @@ def test_streamed_pairs_alone_need_no_local_ones():
     assert all_equal(union([read(plan, local=None, rank=rank, ranks=2) for rank in range(2)]), batches)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_local_shards_of_an_index(tmp_path, workers):
+    shards = {f"a/{number}.tar": shard(30 + number, 25) for number in range(3)}
+    for name, one in shards.items():
+        (tmp_path / "shards" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shards" / name).write_bytes(one.data)
+    arguments = ["--shards", tmp_path / "shards", "--output-folder", tmp_path / "index"]
+    arguments += [
+        "--settings",
+        json.dumps({"held_out": HELD_OUT.model_dump(), "index": {"processes": 1}}),
+        "--meta",
+        tmp_path / "meta.json",
+    ]
+    index_local.main([str(one) for one in arguments])
+    keys = sorted(key for one in shards.values() for key in one.keys)
+    plan = make_plan(2, (len(keys) + 20) // 2, (len(keys) + 20) // 2 * 2 - len(keys), 4, 5, SCHEDULE, SHARDS)
+    batches = read(plan, local=LocalPairs(tmp_path / "index", tmp_path / "shards"), workers=workers)
+    found = [key for batch in batches for key, one in zip(batch.keys, batch.streamed, strict=True) if not one]
+    assert sorted(found) == keys
+
+
 def test_processes_that_cannot_share_are_refused():
     with pytest.raises(KilnError, match="4 lanes over 8"):
         read(rank=0, ranks=8)
@@ -220,12 +244,9 @@ def test_a_run_goes_on_with_exactly_the_batches_that_were_left(data):
         cut = data.draw(st.integers(0, len(SHARDS[names[0]].data) - 1))
         shards[names[0]] = dataclasses.replace(SHARDS[names[0]], data=SHARDS[names[0]].data[:cut])
     breaks = {names[-1]: data.draw(st.integers(-1, 20000))} if data.draw(st.booleans()) else {}
-    plan = make_plan(
-        8, data.draw(st.integers(1, 7)), 0, lanes, data.draw(st.integers(1, 30)), schedule, shards
-    )  # fmt: skip
-    plan = dataclasses.replace(plan, streamed_per_epoch=data.draw(st.integers(plan.samples - 32, plan.samples)))
-    plan = dataclasses.replace(plan, streamed_per_epoch=max(0, plan.streamed_per_epoch))
-    plan = dataclasses.replace(plan, local_per_epoch=plan.samples - plan.streamed_per_epoch)
+    batches, buffer = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 30))
+    streamed = data.draw(st.integers(max(0, 8 * batches - 32), 8 * batches))
+    plan = make_plan(8, batches, streamed, lanes, buffer, schedule, shards)
     policies = {"unreachable": "others", "shortfall": "fewer"}
     complete = read(plan, hub=MemoryHub(shards, breaks), policies=policies)
     start = data.draw(st.integers(0, len([batch for batch in complete if batch.whole])))
@@ -245,6 +266,17 @@ def test_a_run_goes_on_with_exactly_the_batches_that_were_left(data):
     if ranks == 1:
         assert told(complete[:start] + rest[0]) == told(complete)
         assert rest[0][-1].whole == complete[-1].whole if rest[0] else start == plan.steps_per_epoch
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_each_batch_may_be_the_last_before_a_stop(whole, ranks):
+    states = {}
+    for start, batch in enumerate(whole):
+        parts = [read(start_batch=start, lane_states=states, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert all_equal(union(parts), whole[start:])
+        assert told(whole[:start] + [one for part in parts for one in part]) == told(whole)
+        states |= through_disk(batch.report.lanes)
+    assert read(start_batch=len(whole), lane_states=states) == []
 
 
 def test_what_is_read_again_is_counted(whole):

@@ -36,7 +36,7 @@ REPO, NAME = "me/figures", "data/a b+0.tar"
 TOKEN = "hf_DoNotShowThisAnywhere0123456789"
 DATA = random.Random(1).randbytes(300_001)
 SHA = hashlib.sha256(DATA).hexdigest()
-QUICK = {"wait_seconds": 0.001, "max_wait_seconds": 0.01, "read_seconds": 0.3, "attempts": 4}
+QUICK = {"wait_seconds": 0.001, "max_wait_seconds": 0.01, "read_seconds": 60.0, "attempts": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -181,9 +181,9 @@ def test_a_server_that_sends_no_parts_is_read_again_from_the_start_and_that_is_c
 
 def test_a_stalled_socket_is_given_up_and_the_stall_counted(server):
     server.silences[NAME] = [1000, 0]
-    reader = hub(read_seconds=0.2)
+    reader = hub(read_seconds=1.0)
     assert read(reader) == DATA
-    assert ranges(server) == [None, "bytes=1000-", "bytes=1000-"] and reader.stats.stalled_seconds > 0.39
+    assert ranges(server) == [None, "bytes=1000-", "bytes=1000-"] and reader.stats.stalled_seconds > 1.9
 
 
 def test_a_time_out_names_the_endpoint_and_the_proxy(server, monkeypatch):
@@ -649,7 +649,7 @@ class Listing:
         pd.DataFrame(index).to_parquet(folder / "index/shards.parquet")
 
     def arguments(self, repo=REPO, samples=100, **values) -> list[str]:
-        values = {"remote": {"repo": repo, **QUICK, "read_seconds": 10, **values}, "samples": samples}
+        values = {"remote": {"repo": repo, **QUICK, **values}, "samples": samples}
         line = ["--settings", json.dumps(values), "--index", self.folder / "index"]
         line += ["--output", self.folder / "out/shards.parquet", "--meta", self.folder / "out/meta.json"]
         return list(map(str, line))

@@ -21,7 +21,7 @@ import http.client, json, logging, pathlib, pickle, sys, traceback
 logging.basicConfig(level=logging.DEBUG)
 from scripts.biomedica.remote import Hub
 from scripts.biomedica.settings import RemoteSettings
-values = dict(repo={REPO!r}, wait_seconds=0.001, max_wait_seconds=0.01, read_seconds=5, attempts=3)
+values = dict(repo={REPO!r}, wait_seconds=0.001, max_wait_seconds=0.01, attempts=3)
 hub = None
 try:
     hub = Hub(RemoteSettings(**values, cache_folder="cache"), "main")

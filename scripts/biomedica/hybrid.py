@@ -4,7 +4,8 @@ The order of an epoch is a pure function of seed and epoch (and of the shards' c
 processes nor that of their workers moves a pair. Each worker reads its lanes of streamed pairs by a thread each
 (`lanes`), and local pairs where it has fewer streamed ones than others. webdataset is not used for this: its shuffle
 depends on how workers are scheduled, and it has no place to go on from in mid-epoch. A worker holds at most
-lanes * (2 * shuffle_buffer + prefetch) pairs of its lanes, and torch's DataLoader two batches of each worker.
+lanes * (2 * shuffle_buffer + prefetch) pairs of its lanes, cropped, beside the incomplete keys of each lane's shard
+(`tars.MAX_PENDING`, few unless jsons are missing), and torch's DataLoader two batches of each worker.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from scripts.biomedica import planning, positions
-from scripts.biomedica.blocks import Blocks
+from scripts.biomedica.blocks import START, Blocks
 from scripts.biomedica.lanes import Lane
 from scripts.biomedica.local import LocalPairs
 from scripts.biomedica.reading import Reading, Ready
@@ -85,6 +86,14 @@ class Parts(IterableDataset):
         self.reading, self.local, self.hub = reading, local, hub
         self.epoch, self.rank, self.ranks = epoch, rank, ranks
         self.start_batch, self.lane_states, self.counts = start_batch, dict(lane_states), dict(counts)
+        plan = reading.plan
+        for lane in range(rank, plan.lanes, ranks):
+            state = self.lane_states.get(lane, START)
+            at = state["block"] * plan.shuffle_buffer + state["taken"]
+            at = min(at, planning.quota(plan.streamed_per_epoch, plan.lanes, lane))  # its last block may be smaller
+            begin = planning.quota(planning.streamed_until(plan, start_batch), plan.lanes, lane)
+            if at != begin:
+                raise ValueError(f"lane {lane} stands after {at} pairs, batch {start_batch} begins after {begin}")
 
     def __iter__(self) -> Iterator[Part | KilnError]:
         info = get_worker_info()
@@ -126,9 +135,6 @@ class Parts(IterableDataset):
         reading, plan = self.reading, self.reading.plan
         names = planning.epoch_shards(plan, self.epoch, self.counts)[lane]
         state = self.lane_states.get(lane)
-        at = state["block"] * plan.shuffle_buffer + state["taken"] if state else 0
-        if at != planning.quota(planning.streamed_until(plan, self.start_batch), plan.lanes, lane):
-            raise ValueError(f"lane {lane} stands after {at} pairs, which is not where batch {self.start_batch} begins")
 
         def make(before_each: Callable[[], None], before_pair: Callable[[], None]) -> Blocks:
             return Blocks(reading, self.epoch, lane, names, hub, state, before_each, before_pair)

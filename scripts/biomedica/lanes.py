@@ -64,7 +64,8 @@ class Lane:
         """How much the lane holds, once its shards hold no more."""
         blocks, end = self._blocks, self._block
         held = end.begin["block"] * blocks.reading.plan.shuffle_buffer + len(end.pairs)
-        return f"the {len(blocks.names)} shards of lane {blocks.lane}, planned and in reserve, hold {held} usable pairs"
+        made = f"the {len(blocks.names)} shards of lane {blocks.lane}, planned and in reserve, hold {held} usable pairs"
+        return made + (f" without what was given up: {', '.join(blocks.given_up)}" if blocks.given_up else "")
 
     def _next_block(self, report: Report) -> None:
         item = self._queue.get()
