@@ -71,10 +71,11 @@ class Blocks:
         self.reading, self.epoch, self.lane, self.names, self.hub = reading, epoch, lane, list(names), hub
         self.before_each, self.before_pair = before_each, before_pair
         self.number: int = state["block"]
+        self.given_up: list[str] = []  # since this reader began
         self.again = state["taken"] > 0  # the block was read before, and told of
         self._index, self._resume = state["index"], Resume(*state["resume"])
         self._counts = dict.fromkeys(COUNTS, 0) | state["counts"]
-        self._limits = {index: items for index, items in state["broken"]} if self.again else {}
+        self._limits = dict(state["broken"]) if self.again else {}
         self._broken: list[tuple[int, int]] = []
         self._report = Report()
         self._reader: Reader | None = None
@@ -201,9 +202,10 @@ class Blocks:
             raise KilnError(
                 f"shard {name}: {reason}; pairs of it were given before the run stopped, and to go on from there it "
                 "is needed again",
-                "run again once it can be read; nothing is lost until then",
+                "run again once it can be read: the training state waits; removing that begins anew",
             ) from error
         if self.reading.policy.unreachable == "fail":
             raise error if isinstance(error, KilnError) else KilnError(f"shard {name}: {reason}", OTHERS) from error
         self._broken.append((self._index, self._read_items()))
         self._report.unreachable.append((name, reason, self._counts["train"]))
+        self.given_up.append(f"{name} ({reason})")

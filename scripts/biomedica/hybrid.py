@@ -4,7 +4,8 @@ The order of an epoch is a pure function of seed and epoch (and of the shards' c
 processes nor that of their workers moves a pair. Each worker reads its lanes of streamed pairs by a thread each
 (`lanes`), and local pairs where it has fewer streamed ones than others. webdataset is not used for this: its shuffle
 depends on how workers are scheduled, and it has no place to go on from in mid-epoch. A worker holds at most
-lanes * (2 * shuffle_buffer + prefetch) pairs of its lanes, and torch's DataLoader two batches of each worker.
+lanes * (2 * shuffle_buffer + prefetch) pairs of its lanes, cropped, beside the incomplete keys of each lane's shard
+(`tars.MAX_PENDING`, few unless jsons are missing), and torch's DataLoader two batches of each worker.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from scripts.biomedica import planning, positions
-from scripts.biomedica.blocks import Blocks
+from scripts.biomedica.blocks import START, Blocks
 from scripts.biomedica.lanes import Lane
 from scripts.biomedica.local import LocalPairs
 from scripts.biomedica.reading import Reading, Ready
@@ -64,11 +65,11 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a worker gives of a batch; `batch` is None without pairs, `short` says that pairs are missing."""
+    """What a worker gives of a batch; `batch` is None without pairs, `short` says which pairs are missing."""
 
     batch: Batch | None
     report: Report
-    short: bool
+    short: str
 
 
 class Parts(IterableDataset):
@@ -85,6 +86,14 @@ class Parts(IterableDataset):
         self.reading, self.local, self.hub = reading, local, hub
         self.epoch, self.rank, self.ranks = epoch, rank, ranks
         self.start_batch, self.lane_states, self.counts = start_batch, dict(lane_states), dict(counts)
+        plan = reading.plan
+        for lane in range(rank, plan.lanes, ranks):
+            state = self.lane_states.get(lane, START)
+            at = state["block"] * plan.shuffle_buffer + state["taken"]
+            at = min(at, planning.quota(plan.streamed_per_epoch, plan.lanes, lane))  # its last block may be smaller
+            begin = planning.quota(planning.streamed_until(plan, start_batch), plan.lanes, lane)
+            if at != begin:
+                raise ValueError(f"lane {lane} stands after {at} pairs, batch {start_batch} begins after {begin}")
 
     def __iter__(self) -> Iterator[Part | KilnError]:
         info = get_worker_info()
@@ -107,11 +116,11 @@ class Parts(IterableDataset):
         versions = dict(hub.versions) if hub else {}
         for number in range(self.start_batch, plan.steps_per_epoch):
             shares = positions.shares(plan, number, self.rank, self.ranks, worker, workers)
-            report, found = Report(), []
-            short = False
+            report, found, short = Report(), [], ""
             for lane, numbers_of in shares.streamed.items():
                 taken = lanes[lane].take(len(numbers_of), report)
-                short |= len(taken) < len(numbers_of)
+                if len(taken) < len(numbers_of):
+                    short = short or lanes[lane].describe()
                 found += [(shares.streamed_from + p, True, one) for p, one in zip(numbers_of, taken, strict=False)]
                 report.lanes[lane] = lanes[lane].state
             found += [(shares.local_from + j, False, self._local(order[j])) for j in shares.local]
@@ -126,9 +135,6 @@ class Parts(IterableDataset):
         reading, plan = self.reading, self.reading.plan
         names = planning.epoch_shards(plan, self.epoch, self.counts)[lane]
         state = self.lane_states.get(lane)
-        at = state["block"] * plan.shuffle_buffer + state["taken"] if state else 0
-        if at != planning.quota(planning.streamed_until(plan, self.start_batch), plan.lanes, lane):
-            raise ValueError(f"lane {lane} stands after {at} pairs, which is not where batch {self.start_batch} begins")
 
         def make(before_each: Callable[[], None], before_pair: Callable[[], None]) -> Blocks:
             return Blocks(reading, self.epoch, lane, names, hub, state, before_each, before_pair)
@@ -173,8 +179,8 @@ class Loader:
     Args:
         reading: how pairs are read.
         local: pairs on disk; None if the plan has none.
-        hub: of the shards; None if the plan streams nothing. It learns the versions of shards (`Hub.versions`), by which
-            later epochs see that a shard has changed; each process that reads uses a copy.
+        hub: of the shards; None if the plan streams nothing. Each process that reads uses a copy; this one learns the
+            versions of shards (`Hub.versions`), by which later epochs see that one has changed.
         epoch: from 0.
         rank, ranks: of the training processes.
         workers: processes that read; 0: this one reads.
@@ -185,7 +191,7 @@ class Loader:
 
     Raises:
         KilnError: `ranks` does not divide lanes or batch size; while iterating also what a shard, a local pair or the
-            hub raise, and a shortfall by `policy.shortfall`.
+            hub raise, and by `policy.shortfall` that the shards hold too few pairs.
     """
 
     def __init__(
@@ -213,9 +219,10 @@ class Loader:
                     report.add(part.report)
                 if self.parts.hub is not None:
                     self.parts.hub.versions.update(report.versions)
-                if any(part.short for part in own):
-                    if self.policy.shortfall == "fail":
-                        raise self._too_few(number)
+                short = next((part.short for part in own if part.short), "")
+                if short and self.policy.shortfall == "fail":
+                    raise self._too_few(number, short)
+                if short:
                     yield Batch(*[torch.empty(0)] * 5, [], report)
                     return
                 yield join([part.batch for part in own if part.batch is not None], report)
@@ -228,13 +235,12 @@ class Loader:
         own = torch.Generator()  # so that making workers does not move torch's global one
         return DataLoader(self.parts, batch_size=None, num_workers=self.workers, generator=own)
 
-    def _too_few(self, batch: int) -> KilnError:
+    def _too_few(self, batch: int, short: str) -> KilnError:
         plan = self.plan
         return KilnError(
-            f"batch {batch + 1} of {plan.steps_per_epoch}: the shards of a lane, with those in reserve, hold fewer pairs "
-            f"than planned; {batch * plan.batch_size} of {plan.steps_per_epoch * plan.batch_size} pairs of the epoch "
-            "were there",
-            "set plan.samples lower, or plan.shortfall to fewer, which ends such an epoch early",
+            f"{short}: too few for batch {batch + 1} of {plan.steps_per_epoch}; {batch * plan.batch_size} of "
+            f"{plan.samples} pairs of the epoch were there",
+            "set plan.samples lower, or plan.shortfall to fewer, which ends such an epoch early and says so",
         )
 
 

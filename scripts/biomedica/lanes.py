@@ -60,6 +60,13 @@ class Lane:
             self.state = self._block.state(len(self._block.pairs) - len(self._left))
         return found
 
+    def describe(self) -> str:
+        """How much the lane holds, once its shards hold no more."""
+        blocks, end = self._blocks, self._block
+        held = end.begin["block"] * blocks.reading.plan.shuffle_buffer + len(end.pairs)
+        made = f"the {len(blocks.names)} shards of lane {blocks.lane}, planned and in reserve, hold {held} usable pairs"
+        return made + (f" without what was given up: {', '.join(blocks.given_up)}" if blocks.given_up else "")
+
     def _next_block(self, report: Report) -> None:
         item = self._queue.get()
         if isinstance(item, BaseException):
