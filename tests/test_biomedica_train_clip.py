@@ -178,7 +178,7 @@ def test_the_checkpoints_are_the_models_of_their_epochs(data, trained):
             pixels = transforms.normalise(images, found.facts.preprocess_cfg)
             image = found.model.encode_image(pixels, normalize=True)
             text = found.model.encode_text(found.tokenizer(list(table["caption"])), normalize=True)
-        similarity, ids = image @ text.T, torch.from_numpy(table["caption_id"].to_numpy())
+        similarity, ids = image @ text.T, torch.tensor(table["caption_id"].tolist())
         equal = ids[:, None] == ids
         best = similarity.masked_fill(~equal, -2).amax(dim=1, keepdim=True)
         wrong = ((similarity >= best - 1e-6) & ~equal).sum(dim=1)

@@ -256,17 +256,11 @@ def two_of_one(rank: int, wanted: dict, losses: list[dict], weights_of_one: dict
     assert asked[1][3].keys() == {f"e{epoch}r{other}.tar" for epoch in range(2) for other in range(2)}
     for name, value in weights(again).items():
         assert torch.equal(value, weights(fit)[name]), name
+    short_on_one(rank)
     with pytest.raises(KilnError, match="batch_size 13 over 2 processes"):
         open_fit(plan_of(batch_size=13))
     with pytest.raises(KilnError, match="3 lanes over 2 processes"):
         open_fit(plan_of(lanes=3))
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_update_of_one(whole):
-    """Gradient of the first batch, in one pass each and in several; whole training; resumed in mid-epoch."""
-    arguments = (free_port(), two_of_one, whole.gradient, whole.at.history, whole.weights)
-    torch.multiprocessing.spawn(of_two, arguments, nprocs=2)
 
 
 def short_on_one(rank: int) -> None:
@@ -278,8 +272,10 @@ def short_on_one(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_processes_agree_on_where_an_epoch_ends():
-    torch.multiprocessing.spawn(of_two, (free_port(), short_on_one), nprocs=2)
+def test_two_processes_make_the_update_of_one(whole):
+    """Gradient of the first batch, in one pass each and in several; whole trainings, resumed and with too few pairs."""
+    arguments = (free_port(), two_of_one, whole.gradient, whole.at.history, whole.weights)
+    torch.multiprocessing.spawn(of_two, arguments, nprocs=2)
 
 
 def test_it_learns(whole):

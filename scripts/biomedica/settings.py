@@ -119,6 +119,13 @@ class TrainSettings(Settings):
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
+    @model_validator(mode="after")
+    def _crops_are_shares(self):
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale {[low, high]}: expected 0 < least <= greatest <= 1")
+        return self
+
 
 class EvaluateSettings(Settings):
     """Scores on the test side."""
