@@ -110,7 +110,11 @@ def make_loader(
     own = values.train
     local = LocalPairs(args.index, args.shards) if plan.local_per_epoch else None
     crop = transforms.TrainTransform(clip.preprocess_cfg, own.crop_scale)
-    reading = Reading(plan, own.seed, values.index, values.held_out, values.plan, own.prefetch, crop, clip.tokenizer)
+    listed = tables.read_table(args.remote / "shards.parquet", ["name", "sha256"])
+    hashes = {name: sha256 for name, sha256 in listed.itertuples(index=False) if isinstance(sha256, str)}
+    reading = Reading(
+        plan, own.seed, values.index, values.held_out, values.plan, own.prefetch, crop, clip.tokenizer, hashes=hashes
+    )
 
     def loader(epoch: int, start: int, lanes: dict, counts: dict, versions: dict) -> hybrid.Loader:
         if hub is not None:
