@@ -18,6 +18,7 @@ import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 import pyarrow as pa
@@ -446,8 +447,11 @@ def test_a_storage_host_has_its_own_etag_and_its_refusal_means_an_old_address(se
         server.repos[f"datasets/{REPO}"][NAME] = DATA[::-1]
         with pytest.raises(ShardChanged, match="announces sha256"):
             read(hub())
-        storage.answers = [(403, {})] * 4
         server.repos[f"datasets/{REPO}"][NAME] = DATA
+        storage.headers[NAME] = [{"ETag": f'"{other}"'}]
+        server.answers = [(302, {"Location": f"{server.storage}/{quote(NAME)}"})]  # without the hub's own word
+        assert read(hub()) == DATA
+        storage.answers = [(403, {})] * 4
         with pytest.raises(Unreachable, match="answers 403"):
             read(hub())
 
@@ -527,12 +531,15 @@ def test_errors_and_hubs_go_between_fresh_processes(server):
 
 def test_a_forked_process_has_connections_and_counts_of_its_own(server):
     program = (
-        "import os, sys, test_biomedica_remote as t\n"
+        "import os, psutil, test_biomedica_remote as t\n"
         "reader = t.hub(); assert t.read(reader) == t.DATA\n"
+        "ports = lambda: {one.laddr.port for one in psutil.Process().net_connections()}\n"
+        "before = ports(); assert len(before) == 1\n"
         "child = os.fork()\n"
         "assert child or reader.stats.bytes == 0\n"
         "good = all(t.read(reader, start) == t.DATA[start:] for start in range(5))\n"
         "good &= reader.stats.bytes == sum(len(t.DATA) - start for start in range(5)) + (len(t.DATA) if child else 0)\n"
+        "good &= ports() == before if child else len(ports() - before) == 1\n"
         "good &= not child or os.waitpid(child, 0)[1] == 0\n"
         "os._exit(not good)\n"
     )
