@@ -35,6 +35,10 @@ def _funnel(path):
     plots.funnel(path, [("raw 原始", 100), ("kept", 60), ("best", 0)], CHINESE)
 
 
+def _shares(path):
+    plots.shares(path, {"pairs 对": {"local": 3, "streamed": 1}, CHINESE: {"none": 0}}, CHINESE)
+
+
 def _sheet(path):
     tiles = [sheets.Tile(Image.new("RGB", (30, 20), "navy"), CHINESE * 9, mark) for mark in ("good", "bad", None)]
     sheets.contact_sheet(path, [("行", tiles), ("none", [sheets.Tile(None, "gone")])], CHINESE)
@@ -54,7 +58,7 @@ def _heat_map(path):
     plots.heat_map(path, np.arange(25).reshape(5, 5) / 24, CHINESE, "texts", "切片", ["腺癌", "腺癌", "b", "b", "b"])
 
 
-FIGURES = [_curves, _confusion, _distribution, _funnel, _sheet, _reliability, _intervals, _heat_map]
+FIGURES = [_curves, _confusion, _distribution, _funnel, _shares, _sheet, _reliability, _intervals, _heat_map]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -173,6 +177,8 @@ def test_captions_stay_in_their_box(text, width, lines):
         lambda p: plots.heat_map(p, [[1, float("nan")], [1, 2]], "t", "x", "y"),
         lambda p: plots.heat_map(p, [[1, 0], [1, 2]], "t", "x", "y", ["a"]),
         lambda p: plots.funnel(p, [("a", -1)], "t"),
+        lambda p: plots.shares(p, {"a": {"b": -1}}, "t"),
+        lambda p: plots.shares(p, {"a": dict.fromkeys("bcdef", 1)}, "t"),
         lambda p: sheets.contact_sheet(p, [("a", [sheets.Tile(None)] * 9000)], "t"),
     ],
 )

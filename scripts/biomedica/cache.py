@@ -12,6 +12,7 @@ from typing import BinaryIO
 import filelock
 
 from scripts.common.artefacts import explain_os_error
+from scripts.common.errors import KilnError
 
 WAIT_SECONDS = 60
 ENDING = ".shard"  # nothing else in the folder is ever removed
@@ -30,12 +31,18 @@ class Cache:
         self.folder, self.size = folder, size
 
     def find(self, key: str, size: int) -> BinaryIO | None:
-        """The shard `key` of `size` bytes, if it is kept; marks it as used."""
+        """The shard `key` of `size` bytes, if it is kept; marks it as used.
+
+        Raises:
+            KilnError: the folder cannot be used, as `begin`.
+        """
         path = self.folder / f"{key}{ENDING}"
         try:
             handle = path.open("rb")
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise self._explain(error) from error
         if os.fstat(handle.fileno()).st_size != size:
             handle.close()
             return None
@@ -47,7 +54,7 @@ class Cache:
         """A place for the shard `key` of `size` bytes; None if there is no room, or if it is being read already.
 
         Raises:
-            KilnError: the folder cannot be written.
+            KilnError: the folder is none, or cannot be written.
         """
         if size > self.size:
             return None
@@ -63,7 +70,12 @@ class Cache:
             log.warning("%s: its lock has been held for %d s: a shard is not kept", self.folder, WAIT_SECONDS)
             return None
         except OSError as error:
-            raise explain_os_error(error, self.folder) from error
+            raise self._explain(error) from error
+
+    def _explain(self, error: OSError) -> Exception:
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            return KilnError(f"{self.folder}: is no folder", "correct biomedica.remote.cache_folder")
+        return explain_os_error(error, self.folder)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

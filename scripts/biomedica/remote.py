@@ -27,7 +27,6 @@ from scripts.biomedica.settings import RemoteSettings
 from scripts.common import artefacts, network
 from scripts.common.errors import KilnError
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
 CHUNK = 2**18  # bytes asked of a connection at once; what a file holds in memory at most
 PLACE = "biomedica.remote.repo"
 _FINAL = (
@@ -116,7 +115,7 @@ class Hub:
 
     def __init__(self, remote: RemoteSettings, revision: str, authorised: bool = False):
         self.remote, self.revision, self.authorised = remote, revision, authorised
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+        self.endpoint = network.hub_endpoint()
         self.stats = Stats()
         self.cache = Cache(Path(remote.cache_folder), int(remote.cache_gb * 1e9)) if remote.cache_folder else None
         self.versions: dict[str, str] = {}
@@ -135,7 +134,7 @@ class Hub:
 
         Args:
             name: of the shard in the repo.
-            bytes, sha256: as listed; the hash may be unknown.
+            bytes, sha256: as listed; the hash may be unknown: None, or NaN as pandas has it.
             start: 0 to `bytes`.
 
         Raises (here or while reading):
@@ -145,6 +144,7 @@ class Hub:
         """
         if not 0 <= start <= bytes:
             raise ValueError(f"{name}: start {start}, expected 0 to {bytes}")
+        sha256 = sha256 if isinstance(sha256, str) else None
         if self.cache is None:
             return RemoteFile(self, name, bytes, sha256, start)
         key = sha256 or artefacts.sha256_text(self.endpoint, self.remote.repo, self.revision, name)
@@ -253,7 +253,7 @@ class RemoteFile(io.BufferedIOBase):
         self._at, self._held = start, memoryview(b"")  # bytes that came, and those of them not yet given
         self._response: requests.Response | None = None
         self._etag: str | None = None
-        self._skip = 0  # bytes of the answer that came before
+        self._skip, self._gained = 0, False  # bytes of the answer that came before, and whether new ones have come
         self._patience = _Patience(hub, name)
         self._broken: ShardChanged | None = None
 
@@ -306,9 +306,9 @@ class RemoteFile(io.BufferedIOBase):
                 break
             except _FaultError as fault:
                 self._drop()
-                self._patience.fail(fault, f"byte {self._at} of {self.size}", self._at > self._start)
+                self._patience.fail(fault, f"byte {self._at} of {self.size}", self._at > self._start, self._gained)
         self._patience.over()
-        self._at += len(data)
+        self._at, self._gained = self._at + len(data), True
         self._hub.stats.add(bytes=len(data))
         if self._hash is not None:
             self._hash.update(data)
@@ -319,6 +319,7 @@ class RemoteFile(io.BufferedIOBase):
         return data
 
     def _connect(self) -> None:
+        self._gained = False
         asked = {"Range": f"bytes={self._at}-"} if self._at else {}
         if self._at and self._etag:
             asked["If-Range"] = self._etag  # a changed shard comes whole, never as a tail to the old head
@@ -420,18 +421,18 @@ class _Patience:
             self._count()
         self.failed = 0
 
-    def fail(self, fault: _FaultError, where: str, midway: bool = False) -> None:
-        """Wait before the next attempt.
+    def fail(self, fault: _FaultError, where: str, midway: bool = False, gained: bool = False) -> None:
+        """Wait before the next attempt. One that `gained` a byte does not count.
 
         Raises:
             Unreachable: there is none.
         """
         hub, remote = self.hub, self.hub.remote
-        self.failed += 1
+        self.failed += not gained
         self._count()
         if not fault.again or self.failed >= remote.attempts:
             raise self._unreachable(fault, where)
-        backoff = remote.wait_seconds * 2.0 ** min(self.failed - 1, 60)
+        backoff = remote.wait_seconds * 2.0 ** min(max(0, self.failed - 1), 60)
         # The share by chance keeps many readers from coming back all at once.
         pause = min(max(backoff, fault.wait) * _chance.uniform(1.0, 1.25), remote.max_wait_seconds)
         log.info("%s: %s; again in %.0f s, from %s", self.name, fault, pause, where)
@@ -496,4 +497,6 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 def _fault(error: Exception) -> _FaultError:
     untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
-    return _FaultError(network.reason(error), again=not (untrusted or isinstance(error, _FINAL)))
+    broken = isinstance(error, urllib3.exceptions.ProtocolError) and error.args
+    reason = network.reason(error.args[0] if broken else error)  # with its cause it says everything twice
+    return _FaultError(reason, again=not (untrusted or isinstance(error, _FINAL)))

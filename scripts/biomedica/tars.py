@@ -227,7 +227,7 @@ class Reader:
             try:
                 info = tarfile.TarInfo.frombuf(block, *_NAMES)
             except tarfile.EOFHeaderError:
-                if at != start:
+                if given:
                     raise TarError(f"damaged at byte {at}: the archive ends after a long name or PAX header") from None
                 self._end(at)
                 return None

@@ -34,7 +34,7 @@ from scripts.biomedica.settings import (
     RemoteSettings,
     TrainSettings,
 )
-from scripts.biomedica.training import KS, Fit, Loader, Validation, agree
+from scripts.biomedica.training import KS, Fit, Loader, Validation
 from scripts.common import artefacts, devices, plots, preflight, step, tables, trackers
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, of_kind
@@ -111,14 +111,13 @@ def make_loader(
     local = LocalPairs(args.index, args.shards) if plan.local_per_epoch else None
     crop = transforms.TrainTransform(clip.preprocess_cfg, own.crop_scale)
     reading = Reading(plan, own.seed, values.index, values.held_out, values.plan, own.prefetch, crop, clip.tokenizer)
-    whole = agree(accelerator)
 
     def loader(epoch: int, start: int, lanes: dict, counts: dict, versions: dict) -> hybrid.Loader:
         if hub is not None:
             hub.versions.update(versions)
         return hybrid.Loader(
             reading, local, hub, epoch, accelerator.process_index, accelerator.num_processes, own.workers, start,
-            lanes, counts, whole,
+            lanes, counts,
         )  # fmt: skip
 
     return loader

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +28,16 @@ from scripts.common.data_order import epoch_order
 from scripts.common.errors import KilnError
 from scripts.common.schedules import learning_rate
 
+# of open_clip's loss, which a user cannot change
+warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional\.all_gather", FutureWarning)
+
 KS = (1, 5, 10)
 PASS = 256  # pairs of a pass of validation, where the training names none
-# epoch, first batch, states of this process's lanes, {shard read to its end: pairs that it gave} as the epoch began,
+# epoch, first batch, states of this process's lanes, {shard read to its end: its counts} as the epoch began,
 # {shard: its version} where it is known
-Loader = Callable[[int, int, dict[int, dict[str, Any]], dict[str, int], dict[str, str]], hybrid.Loader]
+Loader = Callable[
+    [int, int, dict[int, dict[str, Any]], dict[str, dict[str, int]], dict[str, str]], Iterable[hybrid.Batch]
+]
 
 
 class Validation(NamedTuple):
@@ -106,26 +112,14 @@ def check_passes(model: nn.Module, several: bool) -> None:
             )
 
 
-def agree(accelerator: Accelerator) -> Callable[[bool], bool]:
-    """(whether this process's batch is whole) -> whether those of all are, to be asked by all."""
-
-    def asked(whole: bool) -> bool:
-        if accelerator.num_processes == 1:
-            return whole
-        missing = torch.tensor(0.0 if whole else 1.0, device=accelerator.device)
-        return not accelerator.reduce(missing, "sum").item()
-
-    return asked
-
-
 class Fit:
     """One training run over the pairs that a plan names, its weights chosen on validation pairs.
 
     Args:
         clip: of `model.build`.
         plan: what to train on, and how long.
-        loader: gives this process's share of each global batch of an epoch, from a given one on. It may end early, on
-            all processes alike, where pairs are fewer than planned.
+        loader: gives this process's share of each global batch of an epoch, from a given one on; one without pairs is
+            the last, where pairs are fewer than planned, and ends the epoch for all processes.
         validation: pairs.
         values: numerics.
         accelerator: device, precision and processes.
@@ -194,16 +188,15 @@ class Fit:
     def _epoch(self, after_step: Callable[["Fit"], None], after_epoch: Callable[["Fit"], None]) -> None:
         at, plan = self.at, self.plan
         planned = min(plan.steps_per_epoch, at.batch + plan.steps - at.step)
-        counts = {name: one["train"] for name, one in at.counts.items()}
-        reader = self.loader(at.epoch, at.batch, at.lanes, counts, at.versions)
+        reader = self.loader(at.epoch, at.batch, at.lanes, at.counts, at.versions)
         self.model.train()
         with contextlib.closing(iter(reader)) as stream:
             while at.batch < planned:
                 started = time.monotonic()
-                batch = next(stream, None)
+                batch = next(stream)
                 arrived = time.monotonic()
-                if batch is None:
-                    self._take(reader.shortfall.report, 0, 0, arrived - started, arrived - started)
+                if not self._whole(batch):
+                    self._take(batch.report, 0, 0, arrived - started, arrived - started)
                     break
                 self._step(batch)
                 streamed = int(batch.streamed.sum())
@@ -221,6 +214,11 @@ class Fit:
         self._close_epoch(planned)
         after_epoch(self)
         after_step(self)
+
+    def _whole(self, batch: hybrid.Batch) -> bool:
+        """Whether all processes have their share of a batch."""
+        missing = torch.tensor(float(not batch.keys), device=self.device)
+        return not self.accelerator.reduce(missing, "sum").item()
 
     def _encode(self, part: tuple[Tensor, Tensor]) -> contrastive.Latents:
         """Unit features of texts and images, float32 [n,d], of images uint8 and tokens."""

@@ -30,7 +30,7 @@ class CleanFilter(logging.Filter):
         return True
 
 
-def reason(error: BaseException) -> str:
+def reason(error: object) -> str:
     """What an error of a library says, on one line and without secrets."""
     return clean(error).strip().replace("\n", " ")[:300] or type(error).__name__
 
@@ -63,6 +63,29 @@ def retry_after(headers: Mapping[str, str]) -> float:
 
 # --- the Hugging Face hub ---
 
+DEFAULT_ENDPOINT = "https://huggingface.co"
+
+
+def hub_endpoint() -> str:
+    """The hub's address: HF_ENDPOINT, if it is set.
+
+    Raises:
+        KilnError: it is no address, or holds a user name, which would be shown wherever the address is.
+    """
+    # As for the token: no name for what may be a secret.
+    if not _is_address(os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT):
+        raise KilnError(
+            f"HF_ENDPOINT = {clean(os.environ['HF_ENDPOINT'])}: expected https://host, without user name, password"
+            " and query",
+            "correct HF_ENDPOINT, or unset it",
+        )
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def _is_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return bool(parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not parts.query)
+
 
 def hub_token() -> str | None:
     """HF_TOKEN; None if it is not set.
@@ -70,13 +93,13 @@ def hub_token() -> str | None:
     Raises:
         KilnError: it holds what no token holds. Libraries would show it in the errors that they make of that.
     """
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch(r"[!-~]*", token):
+    # No name for it here: a traceback may show what variables hold.
+    if not re.fullmatch(r"\s*[!-~]*\s*", os.environ.get("HF_TOKEN", "")):
         raise KilnError(
             "HF_TOKEN holds a space, a line break or a letter that is not ASCII",
             "set it to the token alone, one word that begins with hf_",
         )
-    return token or None
+    return os.environ.get("HF_TOKEN", "").strip() or None
 
 
 def named_endpoint(endpoint: str) -> str:
