@@ -190,7 +190,7 @@ def test_the_card_says_what_it_saw_how_good_it_is_and_whose_figures_they_are(sco
     for said in (
         "192 pairs were seen, 48 of them local and 144 streamed", "10,653 local (21.3 %) and 39,347 streamed (78.7 %)",
         f"data set `BIOMEDICA/figures` at commit `{REVISION}`", "90 were rejected and 10 quarantined",
-        'captions "No caption found", and images with a side under 21 pixels', "2.0% of articles for validation",
+        'captions "No caption found", and images with a side under 21 pixels', "2 % of articles for validation",
         "`commercial`", "Trained from scratch", "Not for diagnosis", "create_model_and_transforms",
     ):  # fmt: skip
         assert said in card
