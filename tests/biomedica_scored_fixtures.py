@@ -38,7 +38,9 @@ def draw(kind: int, place: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def make_pair(number: int, side: str, rng: np.random.Generator, panel_type: str | None = None, article: str = "") -> Pair:
+def make_pair(
+    number: int, side: str, rng: np.random.Generator, panel_type: str | None = None, article: str = ""
+) -> Pair:
     """A figure; every two neighbours are of one article."""
     kind, place = (int(one) for one in rng.integers(0, (len(TYPES), len(PLACES))))
     article = article or f"PMC{side[0]}{number // 2}"

@@ -181,10 +181,10 @@ def data_text(facts: Mapping[str, Any]) -> str:
         f"captions, captions {quoted}, and images with a side under {rules['min_side']} pixels."
     )
     sides = facts["held_out"]["sides"]
+    validation, test = (f"{100 * held[side]:g} % of articles for {side}" for side in ("validation", "test"))
     lines.append(
-        f"Held out by article, whatever its pairs' source: {held['validation']:.1%} of articles for validation (the "
-        f"best epoch is chosen on {sides['validation']['pairs']:,} pairs) and {held['test']:.1%} for test "
-        f"({sides['test']['pairs']:,} pairs)."
+        f"Held out by article, wherever its pairs lie: {validation} (the best epoch is chosen on "
+        f"{sides['validation']['pairs']:,} pairs) and {test} ({sides['test']['pairs']:,} pairs)."
     )
     return " ".join(lines)
 

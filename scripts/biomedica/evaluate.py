@@ -181,12 +181,12 @@ def run(args: argparse.Namespace) -> None:
     why = why_no_classes(classes, test)
     prompts = None if why else class_prompts(classes, own)
 
+    compared = arms.compare_runs(args.runs, test, own.batch_size, args.weights, device) if args.runs else None
     trained, facts = embedding.load(args.checkpoint, args.weights, device)
     early = untrained(facts, values.model, args.weights)
     before = Embedder(early.model.eval().to(device), trained.transform, early.tokenizer, facts.preprocess_cfg, device)
     sections, similarity = score(trained, test, prompts, own, "after")
     floors = trivial_section(validation, test, None if why else classes, own)
-    compared = arms.compare_runs(args.runs, test, own.batch_size, args.weights, device) if args.runs else None
     made, left_out = scores.summary(sections["retrieval"], compared, floors["retrieval"])
     metrics = {
         "summary": made,
