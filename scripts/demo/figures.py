@@ -69,7 +69,7 @@ def choose_look(rng: np.random.Generator, sides: tuple[int, int]) -> Look:
     """A look with both sides between the two of `sides`, and almost square: models see the middle square."""
     side = rng.uniform(*sides)
     other = np.clip(side * rng.uniform(0.9, 1.1), *sides)
-    light = 255 - rng.integers(0, 46, 3) * (rng.random() < 0.7)
+    light = 255 - rng.integers(0, 31, 3) * (rng.random() < 0.7)
     return Look(
         size=(round(side), round(float(other))),
         ground=tuple(int(part) for part in light),
@@ -77,7 +77,7 @@ def choose_look(rng: np.random.Generator, sides: tuple[int, int]) -> Look:
         boxed=bool(rng.random() < 0.5),
         grid=bool(rng.random() < 0.3),
         stroke=float(rng.uniform(0.018, 0.028)),
-        noise=float(rng.uniform(0, 9)),
+        noise=float(rng.uniform(0, 5)),
     )
 
 
