@@ -15,7 +15,6 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import pandas as pd
-import webdataset
 from PIL import Image
 
 from scripts.common import artefacts, progress, step, tables
@@ -144,6 +143,8 @@ def choose_flaws(pairs: int, place: str, values: FiguresSettings) -> list[str]:
 
 def write_shards(folder: Path, place: str, pairs: list[Pair], values: FiguresSettings) -> list[dict]:
     """Write the pairs of a place in shards below `folder`; a row of the truth for each."""
+    from webdataset import TarWriter  # 2 s, which the processes that draw do without
+
     folder.mkdir(parents=True)
     flaws = choose_flaws(len(pairs), place, values)
     rows = []
@@ -153,7 +154,7 @@ def write_shards(folder: Path, place: str, pairs: list[Pair], values: FiguresSet
         files = [(pair.key, members(pair, flaw)) for pair, flaw in chosen]
         if number == 0:
             files = _interleave(files, _INTERLEAVED)
-        with (folder / name).open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+        with (folder / name).open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as writer:
             for key, content in files:
                 writer.write({"__key__": key, **content})
         rows += [_truth(pair, flaw, place, name) for pair, flaw in chosen]

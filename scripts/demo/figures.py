@@ -52,26 +52,32 @@ class Figure(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What the figures of an article have in common: size in pixels, ground, and strokes (share of the width)."""
+    """What the figures of an article have in common: size in pixels, ground of charts, whether that of gels and
+    micrographs is dark, frame and grid lines of charts, strokes (share of the width), and the standard deviation of
+    the noise (of 255)."""
 
     size: tuple[int, int]
     ground: tuple[int, int, int]
+    dark: bool
     boxed: bool
     grid: bool
     stroke: float
+    noise: float
 
 
 def choose_look(rng: np.random.Generator, sides: tuple[int, int]) -> Look:
     """A look with both sides between the two of `sides`, and almost square: models see the middle square."""
     side = rng.uniform(*sides)
     other = np.clip(side * rng.uniform(0.9, 1.1), *sides)
-    light = 255 - rng.integers(0, 16, 3) * (rng.random() < 0.5)
+    light = 255 - rng.integers(0, 31, 3) * (rng.random() < 0.7)
     return Look(
         size=(round(side), round(float(other))),
         ground=tuple(int(part) for part in light),
+        dark=bool(rng.random() < 0.5),
         boxed=bool(rng.random() < 0.5),
         grid=bool(rng.random() < 0.3),
         stroke=float(rng.uniform(0.018, 0.028)),
+        noise=float(rng.uniform(0, 5)),
     )
 
 
@@ -90,24 +96,15 @@ def choose_figure(rng: np.random.Generator) -> Figure:
 
 def subtype(figure: Figure) -> str:
     """What sort of its kind a figure is."""
-    if figure.kind == "microscopy":
-        return "light microscopy" if figure.colours[0] in ("purple", "brown") else "fluorescence microscopy"
-    return (
-        "blot"
-        if figure.colours == ("grey",)
-        else "stained gel"
-        if figure.kind == "gel"
-        else f"{figure.style} {figure.kind}"
-    )
+    return f"{figure.style} {figure.kind}"
 
 
 def draw(figure: Figure, look: Look, rng: np.random.Generator) -> Image.Image:
     """An RGB picture of `look.size`."""
     size = tuple(side * _ENLARGED for side in look.size)
     if figure.kind in STAINS:
-        picture = micrographs.PAINTERS[figure.kind](
-            size, figure.count, figure.colours[0], figure.form, figure.style, rng
-        )
+        paint = micrographs.PAINTERS[figure.kind]
+        picture = paint(size, figure.count, figure.colours[0], figure.form, figure.style, look.dark, rng)
     else:
         picture = Image.new("RGB", size, look.ground)
         chart = charts.Chart(ImageDraw.Draw(picture), size, look.stroke, rng)
@@ -115,7 +112,9 @@ def draw(figure: Figure, look: Look, rng: np.random.Generator) -> Image.Image:
         charts.PAINTERS[figure.kind](chart, figure.count, figure.colours, figure.form, figure.style)
     if figure.letter:
         _write_letter(picture, figure.letter)
-    return picture.resize(look.size, Image.Resampling.BOX)
+    pixels = np.asarray(picture.resize(look.size, Image.Resampling.BOX), np.float32)
+    pixels = pixels + look.noise * rng.standard_normal((*pixels.shape[:2], 1), np.float32)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def _write_letter(picture: Image.Image, letter: str) -> None:

@@ -3,24 +3,21 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-# stain: (ground, mark)
-GELS = {
-    "grey": ((205, 205, 205), (30, 30, 30)),
-    "blue": ((225, 230, 245), (30, 50, 150)),
-    "orange": ((30, 15, 10), (255, 150, 50)),
-    "green": ((8, 25, 12), (90, 245, 120)),
+# stain: (mark on a light ground, mark on a dark one)
+STAINS = {
+    "grey": ((50, 50, 50), (205, 205, 205)),
+    "blue": ((40, 60, 180), (80, 120, 255)),
+    "orange": ((215, 110, 20), (255, 150, 50)),
+    "green": ((30, 130, 50), (80, 235, 105)),
+    "purple": ((105, 45, 150), (190, 110, 245)),
+    "red": ((190, 35, 40), (250, 75, 70)),
+    "brown": ((125, 75, 30), (190, 125, 70)),
 }
-TISSUES = {
-    "purple": ((245, 205, 225), (95, 40, 140)),
-    "blue": ((8, 8, 25), (70, 110, 255)),
-    "green": ((8, 22, 8), (70, 230, 90)),
-    "red": ((25, 6, 8), (245, 60, 60)),
-    "brown": ((225, 225, 235), (130, 75, 30)),
-}
-_GRAIN = 5.0  # standard deviation of the noise, of 255
 
 
-def gel(size: tuple[int, int], count: int, stain: str, form: str, style: str, rng: np.random.Generator) -> Image.Image:
+def gel(
+    size: tuple[int, int], count: int, stain: str, form: str, style: str, dark: bool, rng: np.random.Generator
+) -> Image.Image:
     """`count` lanes with bands in one to three rows; `form` is how strong the bands are from left to right."""
     width, height = size
     rows = {"one row": 1, "two rows": 2, "three rows": 3}[style]
@@ -43,16 +40,16 @@ def gel(size: tuple[int, int], count: int, stain: str, form: str, style: str, rn
         for top in tops:
             y, bold = top * height + smile, thick * (0.55 + 0.45 * strength)
             pen.rounded_rectangle((x - half, y - bold, x + half, y + bold), bold, round(255 * strength))
-    return _stained(mask.filter(ImageFilter.GaussianBlur(0.012 * width)), GELS[stain], rng)
+    return _stained(mask.filter(ImageFilter.GaussianBlur(0.012 * width)), stain, dark, rng)
 
 
 def microscopy(
-    size: tuple[int, int], count: int, stain: str, form: str, style: str, rng: np.random.Generator
+    size: tuple[int, int], count: int, stain: str, form: str, style: str, dark: bool, rng: np.random.Generator
 ) -> Image.Image:
     """Cells of one form on a ground; `style` is how many there are and whether they lie together."""
     del count
     side = min(size)
-    mask = Image.new("L", size, 25)
+    mask = Image.new("L", size)
     pen = ImageDraw.Draw(mask)
     number = {"sparse": 8, "dense": 45, "clustered": 22}[style] + int(rng.integers(-2, 3))
     mean = side * {"sparse": 0.06, "dense": 0.05, "clustered": 0.05}[style]
@@ -70,7 +67,7 @@ def microscopy(
             dx, dy = long * np.cos(turn), short * np.sin(turn)
             across, down = np.cos(angle) * dx - np.sin(angle) * dy, np.sin(angle) * dx + np.cos(angle) * dy
             pen.polygon([*zip((x + across).tolist(), (y + down).tolist(), strict=True)], light)
-    return _stained(mask.filter(ImageFilter.GaussianBlur(0.006 * side)), TISSUES[stain], rng)
+    return _stained(mask.filter(ImageFilter.GaussianBlur(0.006 * side)), stain, dark, rng)
 
 
 def _spots(size: tuple[int, int], number: int, style: str, rng: np.random.Generator) -> np.ndarray:
@@ -88,14 +85,14 @@ def _spots(size: tuple[int, int], number: int, style: str, rng: np.random.Genera
     return places * size
 
 
-def _stained(mask: Image.Image, stain: tuple, rng: np.random.Generator) -> Image.Image:
-    """From the ground's colour to the mark's by the mask, with grain and one side lighter than the other."""
-    ground, mark = (np.array(colour, np.float32) + rng.normal(0, 6, 3).astype(np.float32) for colour in stain)
+def _stained(mask: Image.Image, stain: str, dark: bool, rng: np.random.Generator) -> Image.Image:
+    """From a ground to the stain's colour by the mask, with one side lighter than the other."""
+    ground = rng.uniform(5, 50, 3) if dark else rng.uniform(195, 250, 3)
+    mark = STAINS[stain][dark] + rng.normal(0, 6, 3)
     share = np.asarray(mask, np.float32)[..., None] / 255
-    picture = ground + share * (mark - ground)
+    picture = ground.astype(np.float32) + share * (mark - ground).astype(np.float32)
     across = np.linspace(-1, 1, mask.width, dtype=np.float32)[None, :, None] * np.float32(rng.uniform(-10, 10))
-    grain = rng.standard_normal((mask.height, mask.width, 1), np.float32) * np.float32(2 * _GRAIN)
-    return Image.fromarray(np.clip(picture + across + grain, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(picture + across, 0, 255).astype(np.uint8))
 
 
 PAINTERS = {"gel": gel, "microscopy": microscopy}
