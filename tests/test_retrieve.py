@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
+from scripts.common import network
 from scripts.common.errors import KilnError
 from scripts.retrieve import lock, models, transfer, url
 from scripts.retrieve.models import read_table
@@ -289,10 +290,10 @@ def test_a_token_is_used_only_after_a_refusal_and_shown_nowhere(place, hub):
 
 def test_secrets_are_cleaned_from_messages(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    text = transfer.clean(f"{SECRET} at http://ann:pass@proxy:80 for https://cdn/x?Signature=abc&y=1 again")
+    text = network.clean(f"{SECRET} at http://ann:pass@proxy:80 for https://cdn/x?Signature=abc&y=1 again")
     assert text == "*** at http://***@proxy:80 for https://cdn/x?*** again"
     monkeypatch.setenv("https_proxy", "http://ann:pass@proxy:80")
-    assert transfer.proxy_in_force("https://hub.example/x") == "through the proxy http://***@proxy:80"
+    assert network.proxy_in_force("https://hub.example/x") == "through the proxy http://***@proxy:80"
 
 
 @pytest.mark.parametrize(

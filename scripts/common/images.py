@@ -47,6 +47,17 @@ def open_rgb(source: Path | bytes, max_pixels: int, at_least: int | None = None)
     return _decode(_open(source, max_pixels), at_least)
 
 
+def size(source: Path | bytes, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in pixels as stored, from the header alone.
+
+    Raises:
+        ImageError: no image, or a larger one.
+        FileNotFoundError: the file is gone.
+    """
+    with _open(source, max_pixels) as image:
+        return image.size
+
+
 def _open(source: Path | bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)

@@ -1,17 +1,13 @@
-"""What every download needs: room on the disk, a word on its progress, and messages without secrets."""
+"""What every download needs: room on the disk, and a word on its progress."""
 
 import contextlib
 import errno
 import logging
-import os
-import re
 import shutil
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -21,36 +17,6 @@ ATTEMPTS = 5
 LOG_SECONDS = 30
 ELSEWHERE = "set `models` (for data sets `datasets`) to a folder on another disk"
 log = logging.getLogger("kiln")
-
-
-def clean(text: object) -> str:
-    """`text` without what opens doors: the token, passwords in urls, and signed queries."""
-    text = str(text)
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token:
-        text = text.replace(token, "***")
-    text = re.sub(r"(\w+://)[^\s/@'\"]+@", r"\1***@", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?***", text)
-
-
-class CleanFilter(logging.Filter):
-    """Cleans what a library logs."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = clean(record.getMessage()), ()
-        return True
-
-
-def proxy_in_force(url: str) -> str:
-    """In words, the proxy that requests to `url` go through."""
-    parts = urlsplit(url)
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy:
-        return "no proxy is set"
-    if parts.hostname and urllib.request.proxy_bypass(parts.hostname):
-        return f"the proxy {clean(proxy)} is bypassed by NO_PROXY"
-    return f"through the proxy {clean(proxy)}"
 
 
 def need_room(folder: Path, size: int) -> None:

@@ -10,6 +10,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from scripts.common import network
 from scripts.common.errors import KilnError
 from scripts.retrieve import transfer
 
@@ -47,7 +48,7 @@ def download(url: str, target: Path, name: str, wait: float) -> None:
                 if left == 0 or not _worth_repeating(error):
                     raise _explain(error, url, part) from None
                 pause = wait * 2 ** (transfer.ATTEMPTS - left)
-                log.info("%s: %s; again in %.0f s, from byte %d", name, _reason(error), pause, _size(part))
+                log.info("%s: %s; again in %.0f s, from byte %d", name, network.reason(error), pause, _size(part))
                 time.sleep(pause)
             except OSError as error:
                 raise transfer.explain_disk(error, target.parent) or error from None
@@ -122,10 +123,6 @@ def _worth_repeating(error: requests.RequestException) -> bool:
     return not isinstance(error, requests.ConnectTimeout) and "Max retries exceeded" not in str(error)
 
 
-def _reason(error: BaseException) -> str:
-    return transfer.clean(error).replace("\n", " ")[:300]
-
-
 def _explain(error: requests.RequestException, url: str, part: Path) -> KilnError:
     response = error.response
     if response is not None:
@@ -139,16 +136,16 @@ def _explain(error: requests.RequestException, url: str, part: Path) -> KilnErro
         return KilnError(f"{url}: the server answers {status}", hints.get(status, "wait some minutes and run again"))
     if isinstance(error, requests.exceptions.SSLError):
         return KilnError(
-            f"{url}: no trusted connection ({transfer.proxy_in_force(url)}): {_reason(error)}",
+            f"{url}: no trusted connection ({network.proxy_in_force(url)}): {network.reason(error)}",
             "if your site reads traffic, set REQUESTS_CA_BUNDLE to its certificates",
         )
     kept = _size(part)
     if not _worth_repeating(error) or isinstance(error, requests.ConnectTimeout):
         return KilnError(
-            f"{url}: the server cannot be reached ({transfer.proxy_in_force(url)}): {_reason(error)}",
+            f"{url}: the server cannot be reached ({network.proxy_in_force(url)}): {network.reason(error)}",
             "check the network, and HTTPS_PROXY and NO_PROXY; retrieve on a machine that has internet",
         )
     return KilnError(
-        f"{url}: the connection broke {transfer.ATTEMPTS} times without a new byte: {_reason(error)}",
+        f"{url}: the connection broke {transfer.ATTEMPTS} times without a new byte: {network.reason(error)}",
         f"run again; {kept} bytes are kept, and the download carries on from there",
     )
