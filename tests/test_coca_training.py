@@ -44,6 +44,7 @@ from scripts.coca.settings import CocaSettings, EncoderSettings, ModelSettings, 
 from scripts.coca.texts import Texts
 from scripts.coca.training import Fit
 from scripts.common import devices
+from scripts.common.contrastive import sum_gradients
 from scripts.common.errors import KilnError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,7 +261,7 @@ def in_passes(dtype: torch.dtype, data, cuts: list[int], sides: contrastive.Side
     by_itself, whole = contrastive.backward(stream, len(parts), model.encode, terms, model.scale, loss, sides)
     assert next(stream, None) is None
     if len(sides.counts) > 1:
-        contrastive.sum_gradients(list(model.parameters()))
+        sum_gradients(list(model.parameters()))
         distributed.all_reduce(by_itself)
     return whole.item(), by_itself.item(), [p.grad for p in model.parameters()]
 

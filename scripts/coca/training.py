@@ -20,6 +20,7 @@ from scripts.coca.pairs import Batch, Collate, Pairs
 from scripts.coca.settings import TrainSettings
 from scripts.coca.slide_model import SlideModel
 from scripts.common import retrieval
+from scripts.common.contrastive import sum_gradients
 from scripts.common.errors import KilnError
 from scripts.common.listed_images import unwrapped
 from scripts.common.schedules import learning_rate
@@ -203,7 +204,7 @@ class Fit:
         )
         _, contrast = contrastive.backward(stream, passes, encode, terms, scale, loss, sides, self.accelerator.backward)
         if self.ranks > 1:
-            contrastive.sum_gradients(self.parameters)
+            sum_gradients(self.parameters)
         means = self._summed(found) | {"contrastive": contrast.item()}
         self._require_finite("loss", sum(means.values()), means)
         if values.clip_grad:
