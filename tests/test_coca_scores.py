@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from scripts.coca import scores
+from scripts.common import classification, retrieval
 from scripts.common.errors import KilnError
 
 ENGLISH = ["infiltrating ductal carcinoma of the breast, grade 2", "benign breast tissue", "normal gland, no lesion"]
@@ -120,7 +121,7 @@ def test_retrieval_counts_equal_texts_as_hits(n, seed):
     texts = [f"text {i}" for i in rng.integers(0, max(2, n // 2), n)]
     similarity = rng.integers(0, 5, (n, n)).astype(np.float32)
     patients = [f"p{i % 2}" for i in range(n)]
-    made = scores.retrieval_scores(similarity, texts, patients, (1, 2))
+    made = retrieval.retrieval_scores(similarity, texts, patients, (1, 2), "patient")
     both = {"image_to_text": plain_ranks(similarity, texts), "text_to_image": plain_ranks(similarity.T, texts)}
     for name, ranks in both.items():
         for k in (1, 2):
@@ -142,7 +143,7 @@ def test_mean_recall_has_an_interval_over_patients():
     n = 40
     texts, patients = [f"text {i}" for i in range(n)], [f"p{i // 4}" for i in range(n)]
     similarity = rng.normal(size=(n, n)) + 2 * np.eye(n)
-    made = scores.retrieval_scores(similarity, texts, patients, (5,))
+    made = retrieval.retrieval_scores(similarity, texts, patients, (5,), "patient")
     hits = [
         (np.array(plain_ranks(one, texts)) <= 5).astype(float) for one in (similarity, similarity.T)
     ]  # fmt: skip
@@ -150,17 +151,17 @@ def test_mean_recall_has_an_interval_over_patients():
 
 
 def test_ks_above_the_number_of_texts_are_left_out_and_named():
-    made = scores.retrieval_scores(np.eye(3), ["a", "b", "c"], ["x", "y", "z"], (1, 5, 10))
+    made = retrieval.retrieval_scores(np.eye(3), ["a", "b", "c"], ["x", "y", "z"], (1, 5, 10), "patient")
     assert made["left_out"] == {"ks": [5, 10], "reason": "more than 3 candidates"}
     assert list(made["mean"]) == [1] and made["mean"][1]["value"] == 1
-    none = scores.retrieval_scores(np.eye(3), ["a", "b", "c"], ["x", "y", "z"], (5,))
+    none = retrieval.retrieval_scores(np.eye(3), ["a", "b", "c"], ["x", "y", "z"], (5,), "patient")
     assert "image_to_text" not in none
     headlines, why = scores.summary(none, None, {})
     assert not headlines and "fewer test slides" in why["retrieval_r5"]
 
 
 def test_a_constant_model_gains_nothing_by_ties():
-    made = scores.retrieval_scores(np.ones((6, 6)), list("abcdef"), list("uvwxyz"), (1, 5))
+    made = retrieval.retrieval_scores(np.ones((6, 6)), list("abcdef"), list("uvwxyz"), (1, 5), "patient")
     assert made["mean"][5]["value"] == 0 and made["mean"][5]["baseline"] == pytest.approx(5 / 6)
 
 
@@ -177,7 +178,7 @@ def test_recall_with_ties_in_random_order(n, k, seed):
         for scored in (similarity, similarity.T):
             ranked = order[np.argsort(-scored[:, order], axis=1, kind="stable")]
             hits.append(np.mean((codes[ranked[:, :k]] == codes[:, None]).any(axis=1)))
-    assert scores.expected_recall(similarity, codes, min(k, n)) == pytest.approx(np.mean(hits), abs=0.04)
+    assert retrieval.expected_recall(similarity, codes, min(k, n)) == pytest.approx(np.mean(hits), abs=0.04)
 
 
 def test_zero_shot_sums_a_softmax_over_all_prompts():
@@ -204,14 +205,14 @@ def test_trivial_features_rank_texts_by_their_class():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     features = np.column_stack([labels * 8 + rng.normal(size=60), rng.normal(size=60)])
-    shares = scores.trivial_probabilities(features, np.where(np.arange(60) < 3, -1, labels), features, 3)
+    shares = classification.trivial_probabilities(features, np.where(np.arange(60) < 3, -1, labels), features, 3)
     assert shares.shape == (60, 3) and (shares[:, 2] == 0).all()
     np.testing.assert_allclose(shares.sum(axis=1), 1)
     texts = [f"text {i}" for i in range(60)]
     made = scores.trivial_scores(shares, labels, texts, 5)
     assert made["diagnosis"] > 0.95
     assert 5 / 60 < made["retrieval"] < 5 / 25  # at best 5 among the 30 texts of the class
-    alone = scores.trivial_probabilities(features, np.zeros(60, int), features, 2)
+    alone = classification.trivial_probabilities(features, np.zeros(60, int), features, 2)
     assert (alone == [1, 0]).all() and scores.trivial_scores(alone, labels, texts, 61)["retrieval"] is None
 
 
@@ -219,7 +220,7 @@ def test_summary_holds_both_headlines_with_what_they_are_compared_with():
     n = 20
     texts, patients = [f"text {i}" for i in range(n)], [f"p{i // 2}" for i in range(n)]
     labels = np.arange(n) % 4
-    retrieved = scores.retrieval_scores(np.eye(n), texts, patients, (1, 5))
+    retrieved = retrieval.retrieval_scores(np.eye(n), texts, patients, (1, 5), "patient")
     diagnosed = scores.class_scores(labels, labels, patients, list("abcd")) | {"most_frequent": 0.25}
     made, why = scores.summary(retrieved, diagnosed, {"diagnosis": 0.3, "retrieval": 0.4})
     assert not why

@@ -43,6 +43,9 @@ class Batch(NamedTuple):
         streamed: bool [n]; the others are local.
         keys: n of them.
         report: what the reading told since the batch before.
+
+    One without pairs, which is not `whole`, ends an epoch for which the shards hold too few: if one process gets it,
+    none may train on this batch.
     """
 
     images: Tensor
@@ -53,13 +56,10 @@ class Batch(NamedTuple):
     keys: list[str]
     report: Report
 
-
-class Shortfall(NamedTuple):
-    """An epoch that ended early: pairs planned, and seen by all processes together; what the last reading told."""
-
-    planned: int
-    seen: int
-    report: Report
+    @property
+    def whole(self) -> bool:
+        """Whether all pairs are there, or none."""
+        return len(self.keys) > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Parts(IterableDataset):
 
     def __init__(
         self, reading: Reading, local: LocalPairs | None, hub: Hub | None, epoch: int, rank: int,
-        ranks: int, start_batch: int, lane_states: Mapping[int, dict[str, Any]], counts: Mapping[str, int],
+        ranks: int, start_batch: int, lane_states: Mapping[int, dict[str, Any]],
+        counts: Mapping[str, int],
     ):  # fmt: skip
         self.reading, self.local, self.hub = reading, local, hub
         self.epoch, self.rank, self.ranks = epoch, rank, ranks
@@ -103,6 +104,7 @@ class Parts(IterableDataset):
             stack.callback(hub.close)  # before the lanes, which may wait for it
         order = self._local_order()
         sent: Counter[str] = Counter()
+        versions = dict(hub.versions) if hub else {}
         for number in range(self.start_batch, plan.steps_per_epoch):
             shares = positions.shares(plan, number, self.rank, self.ranks, worker, workers)
             report, found = Report(), []
@@ -116,7 +118,8 @@ class Parts(IterableDataset):
             if hub is not None:
                 now = Counter(hub.stats.read()._asdict())
                 report.transfer, sent = now - sent, now
-                report.versions = dict(hub.versions)
+                seen = dict(hub.versions)
+                report.versions, versions = dict(seen.items() - versions.items()), seen
             yield Part(self._stack(found, report) if found and not short else None, report, short)
 
     def _lane(self, lane: int, hub: Hub) -> Lane:
@@ -178,12 +181,7 @@ class Loader:
         start_batch: first global batch of the epoch.
         lane_states: {lane: state} for `start_batch` > 0, as the reports of the batches before it told, of this process
             at least.
-        counts: {shard: pairs} as known when the epoch began, for `planning.epoch_shards`.
-        agree: (this process's batch is whole) -> those of all processes are. Called once for each batch; with more
-            than one process and `policy.shortfall` "fewer" it must ask the others.
-
-    Attributes:
-        shortfall: after the last batch, a `Shortfall` if the epoch ended early, else None.
+        counts: {shard: its counts} as `Report.finished` of earlier epochs told, the same for all processes.
 
     Raises:
         KilnError: `ranks` does not divide lanes or batch size; while iterating also what a shard, a local pair or the
@@ -193,16 +191,13 @@ class Loader:
     def __init__(
         self, reading: Reading, local: LocalPairs | None, hub: Hub | None, epoch: int, rank: int = 0,
         ranks: int = 1, workers: int = 0, start_batch: int = 0,
-        lane_states: Mapping[int, dict[str, Any]] | None = None, counts: Mapping[str, int] | None = None,
-        agree: Callable[[bool], bool] = bool,
+        lane_states: Mapping[int, dict[str, Any]] | None = None,
+        counts: Mapping[str, Mapping[str, int]] | None = None,
     ):  # fmt: skip
         positions.check(reading.plan, ranks)
-        self.plan, self.policy, self.start_batch, self.agree = reading.plan, reading.policy, start_batch, agree
-        self.workers = workers
-        self.parts = Parts(
-            reading, local, hub, epoch, rank, ranks, start_batch, lane_states or {}, counts or {}
-        )  # fmt: skip
-        self.shortfall: Shortfall | None = None
+        self.plan, self.policy, self.start_batch, self.workers = reading.plan, reading.policy, start_batch, workers
+        known = {name: one["train"] for name, one in (counts or {}).items()}
+        self.parts = Parts(reading, local, hub, epoch, rank, ranks, start_batch, lane_states or {}, known)
 
     def __len__(self) -> int:
         return self.plan.steps_per_epoch - self.start_batch
@@ -218,13 +213,10 @@ class Loader:
                     report.add(part.report)
                 if self.parts.hub is not None:
                     self.parts.hub.versions.update(report.versions)
-                whole = not any(part.short for part in own)
-                if not whole and self.policy.shortfall == "fail":
-                    raise self._too_few(number)
-                if not self.agree(whole):
-                    self.shortfall = Shortfall(
-                        self.plan.steps_per_epoch * self.plan.batch_size, number * self.plan.batch_size, report
-                    )
+                if any(part.short for part in own):
+                    if self.policy.shortfall == "fail":
+                        raise self._too_few(number)
+                    yield Batch(*[torch.empty(0)] * 5, [], report)
                     return
                 yield join([part.batch for part in own if part.batch is not None], report)
         finally:

@@ -36,9 +36,7 @@ def check(plan: Plan, ranks: int) -> None:
         KilnError: `ranks` does not divide the batch size, or the lanes of a plan that streams.
     """
     if plan.batch_size % ranks:
-        raise KilnError(
-            f"plan.batch_size {plan.batch_size} over {ranks} processes", f"set it to a multiple of {ranks}"
-        )
+        raise KilnError(f"plan.batch_size {plan.batch_size} over {ranks} processes", f"set it to a multiple of {ranks}")
     if plan.streamed_per_epoch and plan.lanes % ranks:
         raise KilnError(
             f"{plan.lanes} lanes over {ranks} processes",

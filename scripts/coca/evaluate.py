@@ -16,7 +16,7 @@ from scripts.coca import checkpoints, embedding, scores, sides, texts
 from scripts.coca.latents import Latents
 from scripts.coca.settings import EvaluateSettings
 from scripts.coca.texts import Texts
-from scripts.common import artefacts, devices, plots, progress, step, tables
+from scripts.common import artefacts, classification, devices, plots, progress, retrieval, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings
 
@@ -114,7 +114,7 @@ def class_sections(
     shares = scores.zero_shot(images, embedded, numbers, embedding.scale(model.coca))
     zero_shot = scores.class_scores(labels, None, patients, names, shares)
     features = [side[list(TRIVIAL)].to_numpy(np.float64) for side in (train, test)]
-    guessed = scores.trivial_probabilities(features[0], taught, features[1], len(names))
+    guessed = classification.trivial_probabilities(features[0], taught, features[1], len(names))
     return {
         "diagnosis": diagnosis,
         "zero_shot": {"prompts": prompts, "most_frequent": diagnosis["most_frequent"], **zero_shot},
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     latents = Latents(args.latents, model.facts.encoder["dim"], asked, encoder)
     images = embed_slides(model.coca, latents, asked, accelerator)
     similarity = images @ model.embed(strings).T
-    retrieved = scores.retrieval_scores(similarity, strings, patients, own.ks)
+    retrieved = retrieval.retrieval_scores(similarity, strings, patients, own.ks, "patient")
     by_class = class_sections(model, images, captions, test, train, own) if own.classes else {}
     made, left_out = scores.summary(retrieved, by_class.get("diagnosis"), by_class.get("trivial", {}))
     metrics = {

@@ -30,26 +30,10 @@ def entry(
     patients: ArrayLike,
     baseline: float | None = None,
     baseline_kind: str | None = None,
-    statistic: str = "mean",
     **extra: Any,
 ) -> dict[str, Any]:
-    """Mean, or median, of `values` [N] with an interval that resamples patients.
-
-    Of no values there is none, of one patient's no interval; a `reason` says so.
-    """
-    values = np.asarray(values, dtype=float)
-    if not len(values):
-        return {"value": None, "n": 0, "ci95": None, "reason": "no such slide"}
-    value = float(np.median(values) if statistic == "median" else values.mean())
-    if len(np.unique(patients)) < 2:
-        return _without_interval(value, len(values), baseline, baseline_kind, **extra)
-    interval = statistics.bootstrap_interval(values, statistic, patients, RESAMPLES)
-    return statistics.metric(value, len(values), interval, baseline, baseline_kind, **extra)
-
-
-def _without_interval(value: float, n: int, baseline, baseline_kind, **extra: Any) -> dict[str, Any]:
-    of_baseline = {"baseline": baseline, "baseline_kind": baseline_kind, "higher_is_better": True}
-    return {"value": value, "n": n, "ci95": None, "reason": ONE_PATIENT, **of_baseline} | extra
+    """Mean of `values` [N] with an interval that resamples patients; see `statistics.entry`."""
+    return statistics.entry(values, patients, baseline, baseline_kind, unit="patient", **extra)
 
 
 class Words:
@@ -85,7 +69,7 @@ def bleu_entry(counts: np.ndarray, patients: ArrayLike, baseline: float) -> dict
     """Corpus BLEU of [N, 2 * 4 + 2] counts; each resample is a corpus of whole patients."""
     value, n = bleu(counts.sum(0)), len(counts)
     if len(np.unique(patients)) < 2:
-        return _without_interval(value, n, baseline, "most_frequent")
+        return statistics.without_interval(value, n, ONE_PATIENT, baseline, "most_frequent")
     unit, units = statistics.units(patients, n)
     sums = np.zeros((units, counts.shape[1]), dtype=np.int64)
     np.add.at(sums, unit, counts)
@@ -147,63 +131,6 @@ def caption_scores(
     }
 
 
-def retrieval_scores(
-    similarity: np.ndarray, texts: Sequence[str], patients: ArrayLike, ks: Sequence[int]
-) -> dict[str, Any]:
-    """R@k and median rank from slide to text and back; a slide and an equal text of another one are a hit too.
-
-    Args:
-        similarity: [N, N], rows are slides, columns their texts.
-        ks: those above N are left out, and named.
-
-    Returns: per direction `n`, `recall` {k: entry} and `median_rank`, beside chance; and `mean` {k: entry} of both
-        directions' recall.
-    """
-    n = len(texts)
-    fitting = [k for k in ks if k <= n]
-    found: dict[str, Any] = {"candidates": n, "distinct_texts": len(set(texts))}
-    if len(fitting) < len(ks):
-        found["left_out"] = {"ks": [k for k in ks if k > n], "reason": f"more than {n} candidates"}
-    if not fitting:
-        return found
-    codes = pd.factorize(np.array(texts, dtype=object))[0]
-    both = retrieval.recall_at_k(similarity, fitting, (codes, codes))
-    directions = {"image_to_text": both["row_to_column"], "text_to_image": both["column_to_row"]}
-    for name, one in directions.items():
-        found[name] = {
-            "n": n,
-            "recall": {k: entry(one["ranks"] <= k, patients, one["chance"][k], "chance") for k in fitting},
-            "median_rank": entry(
-                one["ranks"], patients, one["chance_median_rank"], "chance", "median", higher_is_better=False
-            ),
-        }
-    found["mean"] = {}
-    for k in fitting:
-        hits = np.mean([one["ranks"] <= k for one in directions.values()], axis=0)
-        chance = float(np.mean([one["chance"][k] for one in directions.values()]))
-        found["mean"][k] = entry(hits, patients, chance, "chance")
-    return found
-
-
-def expected_recall(similarity: np.ndarray, codes: np.ndarray, k: int) -> float:
-    """Recall at k, the mean of both directions, where equal similarities [N, N] stand in random order.
-
-    For scores that tell no two texts of a class apart; row i and column j belong together if their codes [N] are equal.
-    Among t tied candidates, r of them right, of which s places are left, the chance of a hit is hypergeometric.
-    """
-    from scipy.stats import hypergeom
-
-    right = codes[:, None] == codes[None, :]
-    shares = []
-    for scores in (similarity, similarity.T):
-        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-        tied = scores == best
-        tied_count = tied.sum(axis=1)
-        places = np.clip(k - (scores > best).sum(axis=1), 0, tied_count)
-        shares.append(hypergeom.sf(0, tied_count, (tied & right).sum(axis=1), places).mean())
-    return float(np.mean(shares))
-
-
 def zero_shot(images: np.ndarray, prompts: np.ndarray, classes: Sequence[int], scale: float) -> np.ndarray:
     """Class probabilities [N, C]: softmax over all prompts, summed over those of each class, as Prism's.
 
@@ -253,35 +180,11 @@ def class_scores(
     return {"left_out": int((~kept).sum()), **report}
 
 
-def trivial_probabilities(
-    train_features: np.ndarray, train_labels: ArrayLike, test_features: np.ndarray, count: int
-) -> np.ndarray:
-    """Class probabilities [N, count] by logistic regression on standardised features; of one class, its certainty.
-
-    Args:
-        train_features, test_features: [M, F] and [N, F] finite numbers.
-        train_labels: [M] numbers from 0 to count - 1; rows of -1 teach nothing.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    labels = np.asarray(train_labels)
-    x, y = statistics.finite(train_features, "train_features", ndim=2)[labels >= 0], labels[labels >= 0]
-    found = np.zeros((len(test_features), count))
-    if len(np.unique(y)) == 1:
-        found[:, y[0]] = 1
-        return found
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
-    found[:, regression.classes_] = regression.predict_proba(statistics.finite(test_features, "test_features", ndim=2))
-    return found
-
-
 def trivial_scores(probabilities: np.ndarray, labels: np.ndarray, texts: Sequence[str], k: int) -> dict[str, Any]:
     """What trivial features reach: `diagnosis` accuracy, and `retrieval` at k, where a text ranks as its class does.
 
     Args:
-        probabilities: [N, C] of `trivial_probabilities`.
+        probabilities: [N, C] of `classification.trivial_probabilities`.
         labels: [N] classes of the texts, -1 for none; such texts rank last, and are not asked for their class.
     """
     named = labels >= 0
@@ -289,7 +192,7 @@ def trivial_scores(probabilities: np.ndarray, labels: np.ndarray, texts: Sequenc
     codes = pd.factorize(np.array(texts, dtype=object))[0]
     return {
         "diagnosis": float((probabilities.argmax(axis=1)[named] == labels[named]).mean()),
-        "retrieval": expected_recall(similarity, codes, k) if k <= len(texts) else None,
+        "retrieval": retrieval.expected_recall(similarity, codes, k) if k <= len(texts) else None,
     }
 
 
@@ -299,7 +202,7 @@ def summary(
     """(headline metrics, {headline that does not exist here: why}).
 
     Args:
-        retrieved: of `retrieval_scores`.
+        retrieved: of `retrieval.retrieval_scores`.
         diagnosed: of `class_scores`, with the `most_frequent` class's accuracy; None without classes.
         trivial: of `trivial_scores`; empty without classes.
     """

@@ -158,6 +158,30 @@ def trivial_baseline(
     return float(np.mean([part.mean() for part in parts]))
 
 
+def trivial_probabilities(
+    train_features: np.ndarray, train_labels: ArrayLike, test_features: np.ndarray, count: int
+) -> np.ndarray:
+    """Class probabilities [N, count] by logistic regression on standardised features; of one class, its certainty.
+
+    Args:
+        train_features, test_features: [M, F] and [N, F] finite numbers.
+        train_labels: [M] numbers from 0 to count - 1; rows of -1 teach nothing.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    labels = np.asarray(train_labels)
+    x, y = statistics.finite(train_features, "train_features", ndim=2)[labels >= 0], labels[labels >= 0]
+    found = np.zeros((len(test_features), count))
+    if len(np.unique(y)) == 1:
+        found[:, y[0]] = 1
+        return found
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
+    found[:, regression.classes_] = regression.predict_proba(statistics.finite(test_features, "test_features", ndim=2))
+    return found
+
+
 def calibration(
     labels: ArrayLike,
     probabilities: ArrayLike,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from scripts.common import statistics
@@ -83,3 +84,63 @@ def _retrieval(block_of, ids: np.ndarray, candidates: np.ndarray, ks: Sequence[i
         "chance_median_rank": 1 + bisect_left(range(1, m + 1), 0.5 - 1e-9, key=chance),
         "ranks": ranks,
     }
+
+
+def retrieval_scores(
+    similarity: np.ndarray, texts: Sequence[str], groups: ArrayLike, ks: Sequence[int], unit: str
+) -> dict[str, Any]:
+    """R@k and median rank from image to text and back, with intervals; an equal text of another image is a hit too.
+
+    Args:
+        similarity: [N, N], rows are images, columns their texts.
+        groups: [N] what is resampled whole, such as patients; `unit` is its name, "patient".
+        ks: those above N are left out, and named.
+
+    Returns: per direction `n`, `recall` {k: entry} and `median_rank`, beside chance; and `mean` {k: entry} of both
+        directions' recall.
+    """
+    n = len(texts)
+    fitting = [k for k in ks if k <= n]
+    found: dict[str, Any] = {"candidates": n, "distinct_texts": len(set(texts))}
+    if len(fitting) < len(ks):
+        found["left_out"] = {"ks": [k for k in ks if k > n], "reason": f"more than {n} candidates"}
+    if not fitting:
+        return found
+    codes = pd.factorize(np.array(texts, dtype=object))[0]
+    both = recall_at_k(similarity, fitting, (codes, codes))
+    directions = {"image_to_text": both["row_to_column"], "text_to_image": both["column_to_row"]}
+    for name, one in directions.items():
+        found[name] = {
+            "n": n,
+            "recall": {
+                k: statistics.entry(one["ranks"] <= k, groups, one["chance"][k], "chance", unit=unit) for k in fitting
+            },
+            "median_rank": statistics.entry(
+                one["ranks"], groups, one["chance_median_rank"], "chance", "median", unit, higher_is_better=False
+            ),
+        }
+    found["mean"] = {}
+    for k in fitting:
+        hits = np.mean([one["ranks"] <= k for one in directions.values()], axis=0)
+        chance = float(np.mean([one["chance"][k] for one in directions.values()]))
+        found["mean"][k] = statistics.entry(hits, groups, chance, "chance", unit=unit)
+    return found
+
+
+def expected_recall(similarity: np.ndarray, codes: np.ndarray, k: int) -> float:
+    """Recall at k, the mean of both directions, where equal similarities [N, N] stand in random order.
+
+    For scores that tell no two texts of a class apart; row i and column j belong together if their codes [N] are equal.
+    Among t tied candidates, r of them right, of which s places are left, the chance of a hit is hypergeometric.
+    """
+    from scipy.stats import hypergeom
+
+    right = codes[:, None] == codes[None, :]
+    shares = []
+    for scores in (similarity, similarity.T):
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        tied = scores == best
+        tied_count = tied.sum(axis=1)
+        places = np.clip(k - (scores > best).sum(axis=1), 0, tied_count)
+        shares.append(hypergeom.sf(0, tied_count, (tied & right).sum(axis=1), places).mean())
+    return float(np.mean(shares))

@@ -173,6 +173,36 @@ def metric(
     }
 
 
+def entry(
+    values: ArrayLike,
+    groups: ArrayLike,
+    baseline: float | None = None,
+    baseline_kind: str | None = None,
+    statistic: str = "mean",
+    unit: str = "group",
+    **extra: Any,
+) -> dict[str, Any]:
+    """`metric` of the mean, or median, of `values` [N], with an interval that resamples `groups` [N].
+
+    Of no values there is none, of one group's no interval; a `reason` says so, in which `unit` names a group.
+    """
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return {"value": None, "n": 0, "ci95": None, "reason": "no such item"}
+    value = float(np.median(values) if statistic == "median" else values.mean())
+    if len(np.unique(groups)) < 2:
+        return without_interval(value, len(values), f"one {unit}: no interval", baseline, baseline_kind, **extra)
+    return metric(value, len(values), bootstrap_interval(values, statistic, groups), baseline, baseline_kind, **extra)
+
+
+def without_interval(
+    value: float, n: int, reason: str, baseline: float | None = None, baseline_kind: str | None = None, **extra: Any
+) -> dict[str, Any]:
+    """An entry like that of `metric`, of so few items that it has no interval."""
+    of_baseline = {"baseline": baseline, "baseline_kind": baseline_kind, "higher_is_better": True}
+    return {"value": value, "n": n, "ci95": None, "reason": reason, **of_baseline} | extra
+
+
 def finite(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != ndim or array.size == 0:
