@@ -130,6 +130,27 @@ class SlidesSettings(Settings):
         return self
 
 
+class FiguresSettings(Settings):
+    """The figures that are drawn, in tar shards: a part of their articles here, the others on the demo's hub."""
+
+    seed: int = Field(0, ge=0)
+    figures: int = Field(2500, gt=0, description="pairs of figure and caption, in articles of one to four")
+    local: float = Field(0.2, gt=0, lt=1, description="share of articles in local shards")
+    min_side: int = Field(96, ge=32, description="pixels of the shortest side of a figure")
+    max_side: int = Field(128, ge=32, description="pixels of the longest side")
+    samples_per_shard: int = Field(200, gt=1)
+    flawed: float = Field(
+        0.02, ge=0, lt=1, description="share of pairs that cannot be used, or lack their json, by turns"
+    )
+    repo: str = Field("kiln/figures", pattern=r"^[\w.-]+/[\w.-]+$", description="data set on the demo's hub")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.max_side < self.min_side:
+            raise ValueError(f"max_side {self.max_side} must be at least min_side {self.min_side}")
+        return self
+
+
 class EncoderModelSettings(Settings):
     """A frozen encoder with random weights, in the real class."""
 
@@ -157,4 +178,5 @@ class DemoSettings(Settings):
     ultrasound: UltrasoundSettings = UltrasoundSettings()
     digits: DigitsSettings = DigitsSettings()
     slides: SlidesSettings = SlidesSettings()
+    figures: FiguresSettings = FiguresSettings()
     encoders: DemoEncodersSettings = DemoEncodersSettings()
