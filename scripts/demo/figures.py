@@ -62,10 +62,12 @@ class Look(NamedTuple):
 
 
 def choose_look(rng: np.random.Generator, sides: tuple[int, int]) -> Look:
-    """A look with both sides between the two of `sides`."""
+    """A look with both sides between the two of `sides`, and almost square: models see the middle square."""
+    side = rng.uniform(*sides)
+    other = np.clip(side * rng.uniform(0.9, 1.1), *sides)
     light = 255 - rng.integers(0, 16, 3) * (rng.random() < 0.5)
     return Look(
-        size=tuple(int(side) for side in rng.integers(sides[0], sides[1] + 1, 2)),
+        size=(round(side), round(float(other))),
         ground=tuple(int(part) for part in light),
         boxed=bool(rng.random() < 0.5),
         grid=bool(rng.random() < 0.3),
