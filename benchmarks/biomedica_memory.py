@@ -1,7 +1,7 @@
 """Memory of the reader of rule `biomedica_train_clip` over minutes of streaming: epoch after epoch, workers included.
 
-What all processes hold together, pages of files left out, four times a second from the first batch on. It is flat if the
-mean over the last quarter of the time is that over the second quarter, within 5 %.
+What all processes hold together, pages of files left out, four times a second from the first batch on. It is flat if
+the mean over the last quarter of the time is that over the second quarter, within 5 %.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def measure_growth(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     shards = data.draw_shards(root, args.shards, args.pairs, args.width, args.height)
     data.write_job(root, args, epochs=8)
     with data.serve(root, args) as environment:
-        work = f"import json\nfrom benchmarks import biomedica_memory as one\n"
+        work = "import json\nfrom benchmarks import biomedica_memory as one\n"
         work += f"made = one.stream({str(root)!r}, {args.minutes})\nprint('\\n' + json.dumps(made))"
         done = measure.program(work, environment, 60 * args.minutes + args.most_seconds)
     begin, end = done.found["from"], done.found["to"]

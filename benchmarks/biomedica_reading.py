@@ -4,10 +4,9 @@ webdataset  webdataset over `pipe:curl -s -f -L URL`, decode("pil"), in a torch 
 datasets    `datasets.load_dataset("webdataset", data_files=URLs, streaming=True)`, in a torch DataLoader
 ours        the reader of rule `biomedica_train_clip`, all pairs streamed; it shuffles, the others do not
 
-The three have the same shards, as many of them side by side, as many worker processes, the same crop and tokenizer; each
-run is an epoch in a process of its own, which starts its workers within the time and imports before it. All must give
-each pair once, with the tokens of its caption, else the exit status is 1. The hub answers after some milliseconds and
-sends no faster than the link, all connections together.
+The three have the same shards, as many of them side by side as worker processes, the same crop and tokenizer. Each run
+is an epoch in a process of its own, which starts its workers within the time and imports before it. All must give each
+pair once, with the tokens of its caption, else the exit status is 1.
 """
 
 import argparse
@@ -67,7 +66,7 @@ def compare(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "datasets": "load_dataset('webdataset', data_files=URLs, streaming=True), DataLoader",
         "ours": f"hybrid.Loader, blocks of {args.shuffle_buffer} pairs of a lane shuffled",
         "pairs": pairs, "pixels": [args.width, args.height], "kilobytes_of_a_pair": shards["bytes_of_a_pair"] / 1e3,
-        "megabytes": shards["bytes"] / 1e6, "shards": args.shards, "workers": args.workers, "side_by_side": args.workers,
+        "megabytes": shards["bytes"] / 1e6, "shards": args.shards, "workers": args.workers,
         "batch_size": args.batch_size, "latency_ms": args.latency,
         "link_megabytes_per_second": args.bandwidth, "seconds": seconds, "pairs_per_second": rates,
         "share_of_link": shares,

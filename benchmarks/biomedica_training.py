@@ -2,7 +2,7 @@
 
 The steps are those of rule `biomedica_train_clip`, in a process of its own, with the demo's settings (config/demo.yaml)
 for model, batches, lanes and workers, on drawn pictures of the size of the demo's figures. The time is that of all
-batches of three epochs, with the start of each epoch's workers; `after_first_batch` leaves out each epoch's first batch.
+batches of three epochs, with the start of each epoch's workers; `after_first_batch` leaves each epoch's first one out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def measure_stall(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     side = (figures.min_side + figures.max_side) // 2
     shards = data.draw_shards(root, args.shards, args.figures, side, side)
     with data.serve(root, args) as environment:
-        work = f"import json\nfrom benchmarks import biomedica_training as one\n"
+        work = "import json\nfrom benchmarks import biomedica_training as one\n"
         work += f"made = one.train({str(root)!r}, {shards['pairs']}, {args.threads})\nprint('\\n' + json.dumps(made))"
         runs = [measure.program(work, environment, args.most_seconds).found for _ in range(args.runs)]
     shares = [one["share"] for one in runs]
