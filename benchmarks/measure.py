@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,13 +26,18 @@ CPU = torch.device("cpu")
 class Done(NamedTuple):
     """A program's last line of output, read as JSON, its wall time with start and imports, and its peak memory.
 
-    `peak_mb` is what all its processes hold together, anonymous or shared among them, seen four times a second; pages
-    of files, which the kernel drops as it needs, do not count.
+    `held` is what all its processes hold together, anonymous or shared among them, as (time.monotonic(), MB) four times
+    a second; pages of files, which the kernel drops as it needs, do not count.
     """
 
     found: Any
     seconds: float
-    peak_mb: float
+    held: list[tuple[float, float]]
+
+    @property
+    def peak_mb(self) -> float:
+        """The most that was held."""
+        return max(mb for _, mb in self.held)
 
 
 def processor() -> str:
@@ -60,8 +66,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def program(code: str, environment: Mapping[str, str] | None = None) -> Done:
-    """Run Python code in a process of its own; a failure ends the benchmark.
+def program(code: str, environment: Mapping[str, str] | None = None, most_seconds: float = math.inf) -> Done:
+    """Run Python code in a process of its own; a failure, or more than `most_seconds`, ends the benchmark.
 
     What was written before is on the disk when it starts, so that no program pays for another's files.
     """
@@ -71,9 +77,11 @@ def program(code: str, environment: Mapping[str, str] | None = None) -> Done:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=out, stderr=said, cwd=ROOT, env={**os.environ, **(environment or {})}
         )
-        peak = 0.0
+        held = []
         while process.poll() is None:
-            peak = max(peak, _held_mb(process.pid))
+            held.append((time.monotonic(), _held_mb(process.pid)))
+            if time.perf_counter() - start > most_seconds:
+                process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.25)
         seconds = time.perf_counter() - start
@@ -81,9 +89,11 @@ def program(code: str, environment: Mapping[str, str] | None = None) -> Done:
         for stream in (out, said):
             stream.seek(0)
             texts.append(stream.read().decode(errors="replace"))
+    if seconds > most_seconds:
+        sys.exit(f"a program did not end within {most_seconds:.0f} s:\n{code}\n{texts[1][-3000:]}")
     if process.returncode:
         sys.exit(f"a program failed with status {process.returncode}:\n{code}\n{texts[1][-3000:]}")
-    return Done(json.loads(texts[0].strip().splitlines()[-1]), seconds, peak)
+    return Done(json.loads(texts[0].strip().splitlines()[-1]), seconds, held)
 
 
 def _held_mb(pid: int) -> float:

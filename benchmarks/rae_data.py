@@ -2,37 +2,24 @@
 in the real layouts."""
 
 import functools
-import io
 import unittest.mock
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3
 from torchvision.models.vgg import cfgs, make_layers
 from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from benchmarks import pictures
 from scripts.rae import checkpoints
 from scripts.rae.decoder import Decoder, Size
 from scripts.rae.discriminator import RECIPES
 from scripts.rae.encoder import Encoder
 
-WIDTH, HEIGHT, GRAIN, QUALITY = 500, 375, 11, 95  # about ImageNet's size, 106 KB
+WIDTH, HEIGHT = 500, 375  # about ImageNet's size, 106 KB
 DISTINCT, CLASSES = 64, 10
-
-
-def draw_jpeg(number: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """Soft coloured patches under some grain."""
-    rng = np.random.default_rng([0, number])
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    ground = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
-    pixels = np.clip(ground + rng.normal(0, GRAIN, (height, width, 1)), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
 
 
 def draw_images(folder: Path, train: int, validation: int, width: int = WIDTH, height: int = HEIGHT) -> int:
@@ -40,13 +27,11 @@ def draw_images(folder: Path, train: int, validation: int, width: int = WIDTH, h
 
     After the first 64 pictures come copies, each with a comment of its own, so that no two files are equal.
     """
-    drawn = [draw_jpeg(number, width, height) for number in range(min(train + validation, DISTINCT))]
+    drawn = [pictures.draw_jpeg(number, width, height) for number in range(min(train + validation, DISTINCT))]
     total = 0
     for number in range(train + validation):
         split = "validation" if number < validation else "train"
-        note = b"%08d" % number
-        data = drawn[number % len(drawn)]
-        data = data[:2] + b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note + data[2:]
+        data = pictures.with_note(drawn[number % len(drawn)], number)
         path = folder / split / f"class{number % CLASSES}" / f"{number:08d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
