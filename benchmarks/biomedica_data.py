@@ -28,7 +28,25 @@ from scripts.common.artefacts import read_json, write_json
 
 REPO, REVISION, SEED = "kiln/figures", "main", 42
 DISTINCT = 64  # pictures; then come copies, each with a comment of its own
-WORDS = tuple("cells stained with antibody and imaged by confocal microscopy after treatment of mice mean bar".split())
+WORDS = tuple(
+    [
+        "cells",
+        "stained",
+        "with",
+        "antibody",
+        "and",
+        "imaged",
+        "by",
+        "confocal",
+        "microscopy",
+        "after",
+        "treatment",
+        "of",
+        "mice",
+        "mean",
+        "bar",
+    ]
+)
 CAPTION, ABSTRACT = 40, 300  # words
 HELD_OUT = HeldOutSettings(validation=1e-9, test=1e-9)  # so that all pairs are for training
 
