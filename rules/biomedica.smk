@@ -234,6 +234,7 @@ rule biomedica_train_clip:
         last=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/last.safetensors",
         metrics=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/metrics.json",
         counts=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_index.parquet",
+        rejected=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_rejected.tsv",
         loss=report(
             f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/loss.png",
             caption="captions/biomedica_loss.rst",
