@@ -8,45 +8,30 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
+import pandas as pd
+from accelerate import Accelerator
 from open_clip.transform import PreprocessCfg
 
 from benchmarks import measure, pictures
-from scripts.biomedica import planning
-from scripts.biomedica.hybrid import Loader
-from scripts.biomedica.reading import Reading
+from scripts.biomedica import planning, train_clip
+from scripts.biomedica.hybrid import Batch
+from scripts.biomedica.model import Clip
 from scripts.biomedica.remote import Hub
-from scripts.biomedica.settings import HeldOutSettings, IndexSettings, PlanSettings, RemoteSettings, TrainSettings
-from scripts.biomedica.transforms import TrainTransform
-from scripts.common.artefacts import read_json, write_json
+from scripts.biomedica.settings import HeldOutSettings, PlanSettings, RemoteSettings, TrainSettings
+from scripts.biomedica.training import Loader
+from scripts.common import devices, tables
+from scripts.common.artefacts import read_json, sha256_file, write_json
 
-REPO, REVISION, SEED = "kiln/figures", "main", 42
+REPO, REVISION = "kiln/figures", "main"
 DISTINCT = 64  # pictures; then come copies, each with a comment of its own
-WORDS = tuple(
-    [
-        "cells",
-        "stained",
-        "with",
-        "antibody",
-        "and",
-        "imaged",
-        "by",
-        "confocal",
-        "microscopy",
-        "after",
-        "treatment",
-        "of",
-        "mice",
-        "mean",
-        "bar",
-    ]
-)
+WORDS = ("cells", "stained", "imaged", "microscopy", "treatment", "mice", "antibody", "mean", "confocal", "bar")
 CAPTION, ABSTRACT = 40, 300  # words
 HELD_OUT = HeldOutSettings(validation=1e-9, test=1e-9)  # so that all pairs are for training
 
@@ -114,43 +99,56 @@ def serve(root: Path, args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 
 def write_job(root: Path, args: argparse.Namespace, epochs: int = 1) -> None:
-    """What a program reads: settings of both sides, and the plan of ours, in root/job.json."""
+    """What a program reads: settings of both sides in root/job.json, and the plan of ours."""
     policy = PlanSettings(
         samples=args.shards * args.pairs, epochs=epochs, batch_size=args.batch_size, lanes=args.workers,
         shuffle_buffer=args.shuffle_buffer,
     )  # fmt: skip
-    plan = plan_all(root, policy)
-    job = {"batch_size": args.batch_size, "image_size": args.image_size, "workers": args.workers}
-    write_json(root / "job.json", job | {"prefetch": args.prefetch, "plan": plan.to_json()})
+    own = {"workers": args.workers, "prefetch": args.prefetch}
+    job = {"plan": policy.model_dump(), "train": own, "image_size": args.image_size}
+    write_json(root / "job.json", job)
 
 
-def plan_all(root: Path, policy: PlanSettings) -> planning.Plan:
-    """`policy.samples` pairs, all of them streamed, and as many as the shards below root/hub hold."""
-    sizes = {path.name: path.stat().st_size for path in sorted((root / "hub/datasets" / REPO).glob("*.tar"))}
+def read_job(root: Path) -> dict[str, Any]:
+    """What `write_job` wrote."""
+    return read_json(root / "job.json")
+
+
+def shards_of(root: Path) -> dict[str, Path]:
+    """{name: path} of the shards in the repo below root/hub."""
+    return {path.name: path for path in sorted((root / "hub/datasets" / REPO).glob("*.tar"))}
+
+
+def preprocess_of(image_size: int) -> dict[str, Any]:
+    """open_clip's own, for square images of so many pixels."""
+    return asdict(PreprocessCfg(size=(image_size, image_size)))
+
+
+def open_plan(root: Path, policy: PlanSettings) -> planning.Plan:
+    """`policy.samples` pairs, all of them streamed, which are those that the shards below root/hub hold."""
+    sizes = {name: path.stat().st_size for name, path in shards_of(root).items()}
     mean = 0.999 * sum(sizes.values()) / policy.samples  # so that no shard counts as one pair too small
     return planning.make_plan(policy, HELD_OUT, "hybrid", 0, list(sizes.items()), mean)
 
 
-def read_job(place: str) -> dict[str, Any]:
-    """What `write_job` wrote below `place`."""
-    return read_json(Path(place) / "job.json")
-
-
-def transform_of(job: dict[str, Any]) -> TrainTransform:
-    """The crop of rule `biomedica_train_clip`."""
-    return TrainTransform(asdict(PreprocessCfg(size=job["image_size"])), TrainSettings().crop_scale)
-
-
-def open_reader(job: dict[str, Any]) -> tuple[Reading, Hub]:
-    """How rule `biomedica_train_clip` reads the pairs of a job, all of them streamed."""
-    plan = planning.Plan.from_json(job["plan"])
-    policy = PlanSettings(shuffle_buffer=plan.shuffle_buffer)
-    reading = Reading(
-        plan, SEED, IndexSettings(), HELD_OUT, policy, job["prefetch"], transform_of(job), open_clip.SimpleTokenizer()
+def open_loader(
+    root: Path, plan: planning.Plan, policy: PlanSettings, own: TrainSettings, clip: Clip, accelerator: Accelerator
+) -> Loader:
+    """What opens an epoch in rule `biomedica_train_clip`."""
+    listed = pd.DataFrame(
+        [(name, sha256_file(path)) for name, path in shards_of(root).items()], columns=["name", "sha256"]
     )
-    return reading, Hub(RemoteSettings(repo=REPO), REVISION)
+    tables.write_table(root / "remote/shards.parquet", listed, ["name"])
+    values = train_clip.TrainStepSettings(held_out=HELD_OUT, plan=policy, train=own)
+    folders = argparse.Namespace(index=None, shards=None, remote=root / "remote")
+    return train_clip.make_loader(folders, values, plan, clip, Hub(RemoteSettings(repo=REPO), REVISION), accelerator)
 
 
-def epoch_of(reading: Reading, hub: Hub, epoch: int, workers: int) -> Loader:
-    """The batches of an epoch."""
-    return Loader(reading, None, hub, epoch % reading.plan.epochs, workers=workers)
+def open_reader(root: Path) -> Callable[[int], Iterable[Batch]]:
+    """What gives the batches of an epoch of a job, without a model."""
+    job = read_job(root)
+    policy, own = PlanSettings(**job["plan"]), TrainSettings(**job["train"])
+    plan = open_plan(root, policy)
+    clip = Clip(None, open_clip.SimpleTokenizer(), "", {}, preprocess_of(job["image_size"]))
+    loader = open_loader(root, plan, policy, own, clip, devices.make_accelerator("cpu", "fp32", 1))
+    return lambda epoch: loader(epoch % plan.epochs, 0, {}, {}, {})

@@ -34,17 +34,15 @@ def measure_growth(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "minutes": (end - begin) / 60, "pairs": done.found["pairs"], "epochs": done.found["epochs"],
         "megabytes": done.found["pairs"] * shards["bytes"] / shards["pairs"] / 1e6,
         "mb_of_quarters": means, "peak_mb": done.peak_mb, "growth": growth, "target_met": abs(growth) <= WITHIN,
-        "seconds_and_mb": [[round(at, 1), round(mb, 1)] for at, mb in held[:: max(1, len(held) // SHOWN)]],
+        "mb_by_second": {f"{at:.1f}": round(mb) for at, mb in held[:: max(1, len(held) // SHOWN)]},
     }  # fmt: skip
 
 
 def stream(place: str, minutes: float) -> dict[str, Any]:
     """Epochs until the time is over; `from` and `to` are those of time.monotonic()."""
-    job = data.read_job(place)
-    reading, hub = data.open_reader(job)
-    begin, pairs = None, 0
+    open_epoch, begin, pairs = data.open_reader(Path(place)), None, 0
     for epoch in itertools.count():
-        for batch in data.epoch_of(reading, hub, epoch, job["workers"]):
+        for batch in open_epoch(epoch):
             begin, pairs = begin or time.monotonic(), pairs + len(batch.keys)
         if time.monotonic() - begin >= 60 * minutes:
             return {"from": begin, "to": time.monotonic(), "pairs": pairs, "epochs": epoch + 1}

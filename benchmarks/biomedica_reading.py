@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks import biomedica_data as data
 from benchmarks import measure
-from scripts.common.data_order import item_seed
+from scripts.biomedica.settings import TrainSettings
+from scripts.biomedica.transforms import TrainTransform
 
 WAYS = ("webdataset", "datasets", "ours")
 TARGET = 1.3
@@ -104,8 +105,8 @@ def webdataset(place: str) -> dict[str, Any]:
     """An epoch of webdataset."""
     import webdataset as wds
 
-    job = data.read_job(place)
-    commands = [f"pipe:curl -s -f -L {url}" for url in urls(job)]
+    commands = [f"pipe:curl -s -f -L {url}" for url in urls(place)]
+    job = data.read_job(Path(place))
 
     def batches() -> DataLoader:
         pairs = wds.WebDataset(commands, shardshuffle=False, empty_check=False).decode("pil")
@@ -118,37 +119,33 @@ def datasets(place: str) -> dict[str, Any]:
     """An epoch of `datasets`; it reads the head of the first shard before the time."""
     from datasets import load_dataset
 
-    job = data.read_job(place)
-    rows = load_dataset("webdataset", data_files={"train": urls(job)}, split="train", streaming=True)
-
-    def batches() -> DataLoader:
-        return loader(job, Rows(rows, Crop(job)))
-
-    return epoch(batches)
+    rows = load_dataset("webdataset", data_files={"train": urls(place)}, split="train", streaming=True)
+    job = data.read_job(Path(place))
+    return epoch(lambda: loader(job, Rows(rows, Crop(job))))
 
 
 def ours(place: str) -> dict[str, Any]:
     """An epoch of ours."""
-    job = data.read_job(place)
-    reading, hub = data.open_reader(job)
-    return epoch(lambda: ((one.keys, one.images, one.tokens) for one in data.epoch_of(reading, hub, 0, job["workers"])))
+    open_epoch = data.open_reader(Path(place))
+    return epoch(lambda: ((one.keys, one.images, one.tokens) for one in open_epoch(0)))
 
 
 def loader(job: dict[str, Any], pairs: IterableDataset) -> DataLoader:
     """Batches of pairs as `Crop` gives them."""
     together = functools.partial(collate, tokenize=open_clip.SimpleTokenizer())
-    return DataLoader(pairs, batch_size=job["batch_size"], num_workers=job["workers"], collate_fn=together)
+    size, workers = job["plan"]["batch_size"], job["train"]["workers"]
+    return DataLoader(pairs, batch_size=size, num_workers=workers, collate_fn=together)
 
 
 class Crop:
     """(key, PIL image, caption) -> (key, uint8 [3,S,S], caption)."""
 
     def __init__(self, job: dict[str, Any]):
-        self.transform = data.transform_of(job)
+        self.transform = TrainTransform(data.preprocess_of(job["image_size"]), TrainSettings().crop_scale)
 
     def __call__(self, pair: tuple[str, Image.Image, str]) -> tuple[str, Tensor, str]:
         key, image, caption = pair
-        return key, self.transform(image, item_seed(data.SEED, 0, zlib.crc32(key.encode()))), caption
+        return key, self.transform(image, zlib.crc32(key.encode())), caption
 
 
 class Rows(IterableDataset):
@@ -168,7 +165,7 @@ def collate(pairs: list[tuple[str, Tensor, str]], tokenize: Callable[[list[str]]
     return list(keys), torch.stack(images), tokenize(list(captions))
 
 
-def urls(job: dict[str, Any]) -> list[str]:
+def urls(place: str) -> list[str]:
     """Addresses of the shards."""
     endpoint = os.environ["HF_ENDPOINT"]
-    return [f"{endpoint}/datasets/{data.REPO}/resolve/{data.REVISION}/{name}" for name in job["plan"]["shards"]]
+    return [f"{endpoint}/datasets/{data.REPO}/resolve/{data.REVISION}/{name}" for name in data.shards_of(Path(place))]

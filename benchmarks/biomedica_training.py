@@ -17,9 +17,7 @@ import yaml
 from benchmarks import biomedica_data as data
 from benchmarks import measure
 from scripts import config
-from scripts.biomedica import model, train_clip
-from scripts.biomedica.remote import Hub
-from scripts.biomedica.settings import RemoteSettings
+from scripts.biomedica import model
 from scripts.biomedica.training import Fit, Validation
 from scripts.common import devices
 
@@ -58,12 +56,9 @@ def train(place: str, pairs: int, threads: int) -> dict[str, float]:
     values = demo().biomedica
     policy = values.plan.model_copy(update={"samples": pairs, "epochs": EPOCHS})
     own = values.train.model_copy(update={"warmup_steps": 0})
-    settings = train_clip.TrainStepSettings(held_out=data.HELD_OUT, plan=policy, model=values.model, train=own)
-    plan, clip = data.plan_all(Path(place), policy), model.build(values.model, own.seed)
+    plan, clip = data.open_plan(Path(place), policy), model.build(values.model, own.seed)
     accelerator = devices.make_accelerator("cpu", own.precision, threads)
-    hub = Hub(RemoteSettings(repo=data.REPO), data.REVISION)
-    no_local = argparse.Namespace(index=None, shards=None)
-    loader = train_clip.make_loader(no_local, settings, plan, clip, hub, accelerator)
+    loader = data.open_loader(Path(place), plan, policy, own, clip, accelerator)
     side = clip.preprocess_cfg["size"]
     sides = (side, side) if isinstance(side, int) else side
     two = Validation(torch.zeros(2, 3, *sides, dtype=torch.uint8), clip.tokenizer(["one", "two"]), np.arange(2))

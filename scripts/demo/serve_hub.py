@@ -6,6 +6,7 @@ On demand it misbehaves as real ones do, is slow, or asks for a token. Nothing b
 """
 
 import argparse
+import contextlib
 import hashlib
 import http.server
 import inspect
@@ -126,13 +127,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:
-        try:
-            self._reply()
-        except ConnectionError:  # the client has gone
-            self.close_connection = True
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client has gone
+            super().handle()
 
-    def _reply(self) -> None:
+    def do_GET(self) -> None:
         hub = self.server
         time.sleep(hub.faults.latency)
         address = urllib.parse.urlsplit(self.path)
