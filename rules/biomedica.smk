@@ -21,8 +21,6 @@ STEPS: index, list, hold out, plan, train (while streaming), evaluate, export, d
 The arm `hybrid` trains on local and streamed pairs, `local` as many steps on local ones alone, for comparison.
 """
 
-import json
-
 from scripts.biomedica.settings import ARMS as BIOMEDICA_ARMS
 
 BIOMEDICA = f"{RESULTS}/biomedica"
@@ -35,24 +33,7 @@ BIOMEDICA_MAIN = f"hybrid-{CONFIG.biomedica.train.seed}"
 BIOMEDICA_RUNS = [f"{arm}-{seed}" for seed in CONFIG.biomedica.compare_seeds for arm in BIOMEDICA_ARMS]
 BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
 BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_RUNS else ()))
-BIOMEDICA_DEMO = f"{DEMO}/" in f"{BIOMEDICA_SHARDS}/"
-
-
-def biomedica_hub(consumer):
-    """The demo's hub, which one job has for itself; nothing where the real one is meant."""
-    return [f"{DEMO}/serve_hub/{consumer}.url"] if BIOMEDICA_DEMO else []
-
-
-def biomedica_endpoint(consumer):
-    """What lets the step of that job find its hub."""
-    return " ".join(f"env HF_ENDPOINT=$(cat {shlex.quote(path)})" for path in biomedica_hub(consumer))
-
-
-def biomedica_settings(seed):
-    """Numerics of a run with its own seed."""
-    places = {name: f"biomedica.{name}" for name in ("index", "remote", "held_out", "plan", "model", "train")}
-    values = json.loads(numerics(**places))
-    return kiln_settings.to_json(values | {"train": values["train"] | {"seed": seed}})
+BIOMEDICA_DEMO = bool(served(BIOMEDICA_SHARDS, "any"))
 
 
 rule biomedica_index_local:
@@ -99,7 +80,7 @@ rule biomedica_index_local:
 
 rule biomedica_list_remote:
     input:
-        hub=biomedica_hub("list_remote"),
+        hub=served(BIOMEDICA_SHARDS, "list_remote"),
         index=rules.biomedica_index_local.output.summary,
     output:
         shards=f"{BIOMEDICA}/list_remote/shards.parquet",
@@ -115,7 +96,7 @@ rule biomedica_list_remote:
     threads: 1
     params:
         step=outside(STEP_ONLINE),
-        hub=outside(biomedica_endpoint("list_remote")),
+        hub=outside(endpoint(served(BIOMEDICA_SHARDS, "list_remote"))),
         index=subpath(input.index, parent=True),
         execution=outside(execution(remote="biomedica.remote")),
         settings=numerics(remote="biomedica.remote", samples="biomedica.plan.samples"),
@@ -223,7 +204,7 @@ rule biomedica_plan:
 
 rule biomedica_train_clip:
     input:
-        hub=lambda wildcards: biomedica_hub(f"train-{wildcards.seed}") if wildcards.arm == "hybrid" else [],
+        hub=lambda wildcards: served(BIOMEDICA_SHARDS, f"train-{wildcards.seed}") if wildcards.arm == "hybrid" else [],
         plan=rules.biomedica_plan.output.plan,
         index=rules.biomedica_index_local.output.index,
         remote=rules.biomedica_list_remote.output.shards,
@@ -234,6 +215,7 @@ rule biomedica_train_clip:
         last=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/last.safetensors",
         metrics=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/metrics.json",
         counts=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_index.parquet",
+        rejected=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_rejected.tsv",
         loss=report(
             f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/loss.png",
             caption="captions/biomedica_loss.rst",
@@ -261,9 +243,7 @@ rule biomedica_train_clip:
         **class_resources(CONFIG.biomedica.resources),
     params:
         step=outside(STEP_ONLINE if BIOMEDICA_REPO else STEP),
-        hub=lambda wildcards, output: (
-            biomedica_endpoint(f"train-{wildcards.seed}") if wildcards.arm == "hybrid" else ""
-        ),
+        hub=lambda wildcards, input, output: endpoint(input.hub),
         shards=outside(BIOMEDICA_LOCAL),
         init=outside(BIOMEDICA_INIT),
         index=subpath(input.index, parent=True),
@@ -274,7 +254,17 @@ rule biomedica_train_clip:
         launcher=outside(launcher(CONFIG.biomedica.resources)),
         state=lambda wildcards, output: f"{STATE}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
         tracker=lambda wildcards, output: f"{LOGS}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
-        settings=lambda wildcards: biomedica_settings(int(wildcards.seed)),
+        settings=lambda wildcards: changed(
+            numerics(
+                index="biomedica.index",
+                remote="biomedica.remote",
+                held_out="biomedica.held_out",
+                plan="biomedica.plan",
+                model="biomedica.model",
+                train="biomedica.train",
+            ),
+            train={"seed": int(wildcards.seed)},
+        ),
         code=code_key(*BIOMEDICA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
     message:

@@ -11,6 +11,7 @@ settings, paths of this machine and the like pass through `outside`, so that cha
 """
 
 import functools
+import json
 import os
 import shlex
 import sys
@@ -72,6 +73,11 @@ def numerics(place=None, /, **places):
 def execution(place=None, /, **places):
     """The execution settings, likewise; give them to `outside`."""
     return _of_kind("execution", place, places)
+
+
+def changed(settings, **values):
+    """Settings as JSON, with other values of some."""
+    return kiln_settings.to_json(kiln_settings.merge(json.loads(settings), values))
 
 
 def outside(value):
@@ -160,6 +166,17 @@ def drawn(path):
     """An input function: what must be made before a folder or table of the demo can be read; else nothing."""
     name = next((one for one in DRAWN if path and path.startswith(f"{RESULTS}/demo/{one}/")), None)
     return lambda wildcards: [getattr(checkpoints, f"demo_{name}").get().output.listing] if name else []
+
+
+def served(path, consumer):
+    """The hub on this machine that goes with a folder of the demo, which `consumer` has for itself; else nothing."""
+    drawn_here = path and path.startswith(f"{RESULTS}/demo/draw_figures/")
+    return [f"{RESULTS}/demo/serve_hub/{consumer}.url"] if drawn_here else []
+
+
+def endpoint(hub):
+    """What precedes a step that reads from a hub of `served`."""
+    return " ".join(f"env HF_ENDPOINT=$(cat {shlex.quote(str(url))})" for url in hub)
 
 
 def once_drawn(path, function):

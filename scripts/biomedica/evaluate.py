@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     made.add_argument(
         "--output-folder", type=Path, required=True,
-        help="metrics.json, scores.png, retrieval.png; with known panel types confusion.png, with runs runs.png",
+        help="metrics.json, scores.png, retrieval.png, confusion.png and, with runs, runs.png",
     )  # fmt: skip
     run(made.parse_args(argv))
 
@@ -204,9 +204,11 @@ def run(args: argparse.Namespace) -> None:
     outputs = [args.output_folder / name for name in ("metrics.json", "scores.png", "retrieval.png")]
     pictures.draw_scores(outputs[1], metrics)
     pictures.draw_retrieval(outputs[2], test, similarity, own.batch_size)
+    outputs.append(args.output_folder / "confusion.png")
     if prompts is not None:
-        outputs.append(args.output_folder / "confusion.png")
         pictures.draw_confusion(outputs[-1], sections["zero_shot"])
+    else:
+        pictures.draw_panel_types(outputs[-1], metrics["data"], why)
     if compared is not None:
         outputs.append(args.output_folder / "runs.png")
         pictures.draw_runs(outputs[-1], compared)

@@ -69,6 +69,11 @@ def draw_confusion(path: Path, zero_shot: Mapping[str, Any]) -> None:
     plots.confusion_matrix(path, zero_shot["confusion_matrix"], zero_shot["classes"], title)
 
 
+def draw_panel_types(path: Path, data: Mapping[str, Any], why: str) -> None:
+    """confusion.png where panel types cannot be scored: which ones there are."""
+    plots.shares(path, {"test side": data["test"]["panel_types"]}, f"No zero-shot scores: {why}")
+
+
 def draw_retrieval(path: Path, test: Side, similarity: np.ndarray, batch_size: int) -> None:
     """retrieval.png: figures of the most frequent panel types, with the caption ranked first and the right one."""
     types = test.table["panel_type"]

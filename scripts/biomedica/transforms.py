@@ -26,11 +26,15 @@ class TrainTransform:
     Args:
         preprocess: `preprocess_cfg` of the model.
         crop_scale: least and greatest share of the image's area in a crop.
+
+    Attributes:
+        size: (H, W).
     """
 
     def __init__(self, preprocess: Mapping[str, Any], crop_scale: Sequence[float]):
         made = image_transform_v2(PreprocessCfg(**preprocess), is_train=True, aug_cfg={"scale": tuple(crop_scale)})
         self.crop: RandomResizedCrop = made.transforms[0]
+        self.size = tuple(self.crop.size)
         self.rest = Compose([*made.transforms[1:-2], PILToTensor()])
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
