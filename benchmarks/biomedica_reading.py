@@ -50,8 +50,7 @@ def compare(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         def run(name: str) -> float:
             work = f"import json\nfrom benchmarks import biomedica_reading as one\nmade = one.{name}({str(root)!r})\n"
             done = measure.program(work + "print('\\n' + json.dumps(made))", environment, args.most_seconds)
-            if sorted(done.found.pop("marks")) != sorted(expected):
-                sys.exit(f"{name}: other pairs than those of the shards, or not each once")
+            check(name, done.found.pop("marks"), expected)
             made[name].append(done.found)
             peaks[name] = max(peaks[name], done.peak_mb)
             return done.found["seconds"]
@@ -81,6 +80,12 @@ def compare(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "over": {name: measure.ratio(seconds[name], seconds["ours"]) for name in ("webdataset", "datasets")},
         "target_met": found["ratio"] >= TARGET or shares["ours"] >= REACHED,
     }  # fmt: skip
+
+
+def check(name: str, found: list[list], expected: list[list]) -> None:
+    """End the program unless a way gave each pair of the shards once; both are `marks`."""
+    if sorted(found) != sorted(expected):
+        sys.exit(f"{name}: other pairs than those of the shards, or not each once")
 
 
 def marks(keys: list[str], tokens: Tensor) -> list[list]:

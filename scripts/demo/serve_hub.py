@@ -26,6 +26,7 @@ from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 
 PIECE = 2**16  # bytes sent at once
+LATE = 0.02  # seconds of the link's idle time that are made up for: a sleep ends late
 log = logging.getLogger("kiln")
 
 
@@ -111,9 +112,9 @@ class Hub(http.server.ThreadingHTTPServer):
         if self.faults.bytes_per_second:
             with self.lock:
                 now = time.monotonic()
-                self._free = max(self._free, now) + count / self.faults.bytes_per_second
+                self._free = max(self._free, now - LATE) + count / self.faults.bytes_per_second
                 wait = self._free - now
-            time.sleep(wait)
+            time.sleep(max(wait, 0.0))
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
