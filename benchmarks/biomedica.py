@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--pairs", type=int, default=64, help="of a shard of reading and memory")
     made.add_argument("--width", type=int, default=1680, help="of pictures of reading and memory, in pixels")
     made.add_argument("--height", type=int, default=1260)
-    made.add_argument("--figures", type=int, default=512, help="pairs of a shard of stall")
+    made.add_argument("--figures", type=int, default=128, help="pairs of a shard of stall")
     made.add_argument("--latency", type=float, default=20.0, help="before each reply of the hub, in ms")
     made.add_argument("--bandwidth", type=float, default=50.0, help="of the hub, in MB/s")
     made.add_argument("--workers", type=int, default=4, help="processes that read, each one shard at a time")
