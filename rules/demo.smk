@@ -244,6 +244,8 @@ rule demo_serve_hub:
         url=service(f"{DEMO}/serve_hub/{{consumer}}.url"),
     log:
         f"{LOGS}/demo/serve_hub/{{consumer}}.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/serve_hub/{{consumer}}.tsv"
     conda:
         "../envs/tables.yaml"
     threads: 0  # it waits most of the time, and would keep a core from the next training
