@@ -258,7 +258,7 @@ rule demo_serve_hub:
     shell:
         "exec {params.step} scripts.demo.serve_hub"
         " --folder {params.folder:q}/hub"
-        " --unavailable-every 10 --cut-once --slow-once"
+        " --unavailable-every 10 --retry-after 0 --cut-once --slow-once --slow-seconds 1"
         " --port-file {output.url:q}"
         " > {log:q} 2>&1"
 

@@ -34,7 +34,8 @@ class Faults(NamedTuple):
     """What goes wrong on purpose; 0 and False are off.
 
     Attributes:
-        unavailable_every: every so-many-th reply is a 503 that asks for a pause of a second.
+        unavailable_every: every so-many-th reply is a 503.
+        retry_after: seconds of pause that a 503 asks for.
         cut_once: the first file that is asked for breaks off half way, once.
         slow_once: the second file that is asked for comes after `slow_seconds`, once.
         latency: seconds before each reply.
@@ -42,6 +43,7 @@ class Faults(NamedTuple):
     """
 
     unavailable_every: int = 0
+    retry_after: int = 1
     cut_once: bool = False
     slow_once: bool = False
     slow_seconds: float = 2.0
@@ -138,7 +140,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         address = urllib.parse.urlsplit(self.path)
         if hub.next_reply():
             log.info("503 on purpose: %s %s", self.command, address.path)
-            return self._json(503, {"error": "busy"}, {"Retry-After": "1"})
+            return self._json(503, {"error": "busy"}, {"Retry-After": str(hub.faults.retry_after)})
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", address.path):
             repo, route, revision, below = (urllib.parse.unquote(part or "") for part in found.groups())
             files = self._known(repo, revision or "main")
@@ -285,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--port-file", type=Path, required=True, help="where the address goes, http://127.0.0.1:PORT")
     made.add_argument("--port", type=int, default=0, help="0: a free one")
     made.add_argument("--unavailable-every", type=int, default=0, metavar="N", help="every Nth reply is a 503")
+    made.add_argument("--retry-after", type=int, default=1, metavar="SECONDS", help="the pause that it asks for")
     made.add_argument("--cut-once", action="store_true", help="the first file breaks off half way, once")
     made.add_argument("--slow-once", action="store_true", help="the second file keeps its reader waiting, once")
     made.add_argument("--slow-seconds", type=float, default=2.0, help="how long")
@@ -301,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise KilnError(f"{args.token_variable} is not set", "export it, or leave out --token-variable")
     faults = Faults(
         unavailable_every=args.unavailable_every,
+        retry_after=args.retry_after,
         cut_once=args.cut_once,
         slow_once=args.slow_once,
         slow_seconds=args.slow_seconds,
