@@ -226,6 +226,20 @@ def test_a_repo_that_is_closed_stops_before_any_training(data, tmp_path, monkeyp
     assert TOKEN not in told
 
 
+def test_a_gated_repo_is_read_and_its_token_is_nowhere(data, trained, tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setitem(data.hub.gated, f"datasets/{REPO}", TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    caplog.set_level("DEBUG")
+    asked = len(data.hub.log)
+    train_clip.main(training(data.root, tmp_path / "out", tracker="tensorboard"))
+    assert f"Bearer {TOKEN}" in {authorization for *_, authorization in data.hub.log[asked:]}
+    assert all((tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes() for name in RESULTS)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in "".join(capfd.readouterr()) + caplog.text + json.dumps(sys.argv)
+
+
 def test_offline_only_the_local_arm_trains(data, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(KilnError, match="pairs of an epoch are streamed, and HF_HUB_OFFLINE is set"):
