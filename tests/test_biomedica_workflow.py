@@ -15,7 +15,7 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123"
 SETTINGS = {
     "device": "cpu",
     "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
-    "demo": {"figures": {"figures": 400, "shards": 6}},
+    "demo": {"figures": {"figures": 400, "samples_per_shard": 40}},
     "biomedica": {
         "shards": "results/demo/draw_figures/local",
         "index": {"processes": 1},
