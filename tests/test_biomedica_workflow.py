@@ -165,7 +165,7 @@ def test_local_pairs_that_suffice_need_no_hub(finished_run, tmp_path):
     (fresh / "config").mkdir(parents=True)
     shutil.copytree(run / "results/demo/draw_figures/local", fresh / "data")
     own = {**SETTINGS["biomedica"], "shards": "data", "compare_seeds": []}
-    own["plan"] = {**own["plan"], "samples": 16, "epochs": 1}
+    own["plan"] = {**own["plan"], "samples": 32, "epochs": 2}
     (fresh / "config/config.yaml").write_text(yaml.safe_dump({**SETTINGS, "biomedica": own}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
