@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -111,14 +114,33 @@ def test_the_token_is_nowhere(finished_run):
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_the_hub_is_gone(finished_run):
-    """The service ends with its consumer."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def hubs_in(run: Path) -> list[int]:
+    """Processes of the demo's hub that work in the folder `run`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = path.read_bytes()
+            if b"scripts.demo.serve_hub" in (process / "cmdline").read_bytes() and (process / "cwd").samefile(run):
+                found.append(int(process.name))
         except OSError:  # it has ended meanwhile
             continue
-        assert not (b"scripts.demo.serve_hub" in line and os.fsencode(finished_run[1]) in line)
+    return found
+
+
+def test_the_hub_is_gone(finished_run):
+    """The service ends with its consumer; one that is there would be seen."""
+    checkout, run = finished_run
+    assert hubs_in(run) == []
+    hub = [sys.executable, "-m", "scripts.demo.serve_hub", "--folder", "results/demo/draw_figures/hub"]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    with subprocess.Popen([*hub, "--port-file", "url"], cwd=run, env=environment) as process:
+        try:
+            while not (run / "url").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            assert hubs_in(run) == [process.pid]
+        finally:
+            process.terminate()
+    (run / "url").unlink()
 
 
 def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run):
