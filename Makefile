@@ -8,7 +8,7 @@ CORES ?= all
 TEST_PROCESSES ?= 2
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test test-long lint format config dag doctor lock dvc clean-env clean-demo
+.PHONY: help install demo test test-long test-cluster lint format config dag doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,10 @@ test: install ## all tests that this machine can run, but for `make test-long`
 
 test-long: install ## the tests of a quarter of an hour and more, which `make test` leaves out
 	$(BIN)/python -m pytest --long tests/test_vase_three_seeds.py
+
+test-cluster: install ## the tests on a Slurm cluster, which is made for them and taken down (root, Debian packages)
+	tests/slurm/install.sh
+	tests/slurm/with_cluster.sh $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m cluster --durations 20
 
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .
