@@ -31,6 +31,7 @@ BIOMEDICA_WEIGHTS = CONFIG.biomedica.model.weights
 BIOMEDICA_INIT = f"--weights {shlex.quote(model_folder(BIOMEDICA_WEIGHTS))}" if BIOMEDICA_WEIGHTS else ""
 BIOMEDICA_MAIN = f"hybrid-{CONFIG.biomedica.train.seed}"
 BIOMEDICA_RUNS = [f"{arm}-{seed}" for seed in CONFIG.biomedica.compare_seeds for arm in BIOMEDICA_ARMS]
+BIOMEDICA_TRAIN_CLASS = "network" if BIOMEDICA_REPO else CONFIG.biomedica.resources
 BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
 BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_RUNS else ()))
 BIOMEDICA_DEMO = bool(served(BIOMEDICA_SHARDS, "any"))
@@ -238,9 +239,9 @@ rule biomedica_train_clip:
         seed=r"\d+",
     conda:
         "../envs/streaming.yaml"
-    threads: class_threads(CONFIG.biomedica.resources)
+    threads: class_threads(BIOMEDICA_TRAIN_CLASS)
     resources:
-        **class_resources(CONFIG.biomedica.resources),
+        **class_resources(BIOMEDICA_TRAIN_CLASS),
     params:
         step=outside(STEP_ONLINE if BIOMEDICA_REPO else STEP),
         hub=lambda wildcards, input, output: endpoint(input.hub),
@@ -251,7 +252,7 @@ rule biomedica_train_clip:
         held_out=subpath(input.validation, parent=True),
         execution=outside(execution(remote="biomedica.remote", train="biomedica.train")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.biomedica.resources)),
+        launcher=launcher(BIOMEDICA_TRAIN_CLASS),
         state=lambda wildcards, output: f"{STATE}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
         tracker=lambda wildcards, output: f"{LOGS}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
         settings=lambda wildcards: changed(
@@ -316,7 +317,7 @@ rule biomedica_evaluate:
     params:
         step=outside(STEP),
         device=outside(CONFIG.device),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         held_out=subpath(input.test, parent=True),
         init=outside(BIOMEDICA_INIT),
         runs=lambda wildcards, input: " ".join(

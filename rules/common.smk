@@ -89,27 +89,53 @@ GPUS = {
     name: 0 if CONFIG.device == "cpu" else getattr(CONFIG.resources, name).gpu
     for name in type(CONFIG.resources).model_fields
 }
+SNAKEMAKE_MB = 300  # of a job's memory: the two Snakemake processes around its step
+
+
+def resource_class(name):
+    """The settings of a resource class."""
+    return or_stop(kiln_config.resource_class, CONFIG, name)
+
+
+def class_processes(name):
+    """How many processes train in a class: one per GPU, on each of its nodes at least one."""
+    return resource_class(name).nodes * max(1, GPUS[name])
 
 
 def launcher(name):
-    """Options of the launcher for a resource class: how many GPUs, and whether none on the machine will do."""
-    return f"--gpus {GPUS[name]}" + (" --or-cpu" if CONFIG.device == "auto" else "")
+    """A params function: the launcher's options for a resource class; not recorded, as what `outside` gives."""
+    asked = resource_class(name)
+
+    def options(wildcards, output, resources):
+        several = f"--nodes {asked.nodes} " if asked.nodes > 1 else ""
+        or_cpu = " --or-cpu" if CONFIG.device == "auto" else ""
+        return f"{several}--gpus {GPUS[name]}{or_cpu} --minutes {resources.runtime}"
+
+    return options
 
 
 def class_threads(name):
     """CPU threads of a resource class."""
-    return kiln_config.section(CONFIG, f"resources.{name}").threads
+    return resource_class(name).threads
 
 
 def class_resources(name):
     """Resources of a class; memory and runtime grow with each attempt."""
-    asked = kiln_config.section(CONFIG, f"resources.{name}")
+    asked, gpus = resource_class(name), GPUS[name]
     wanted = {
-        "mem_mb": lambda wildcards, attempt: asked.mem_mb * attempt,
+        "mem_mb": lambda wildcards, attempt: asked.mem_mb * attempt + SNAKEMAKE_MB,
         "runtime": lambda wildcards, attempt: asked.runtime * attempt,
     }
-    if GPUS[name]:
-        wanted["gpu"] = GPUS[name]
+    if asked.constraint:
+        wanted["constraint"] = asked.constraint
+    if asked.nodes > 1:
+        # With `mpi`, the rule's own command starts its tasks. `gpu` would count those of all nodes together.
+        wanted |= {"mpi": "srun", "nodes": asked.nodes, "tasks": asked.nodes}
+        if gpus:
+            model = f"{asked.gpu_model}:" if asked.gpu_model else ""
+            wanted["slurm_extra"] = f"--gpus-per-node={model}{gpus}"
+    elif gpus:
+        wanted["gpu"] = gpus
         if asked.gpu_model:
             wanted["gpu_model"] = asked.gpu_model
     return wanted

@@ -38,7 +38,7 @@ RAE_WEIGHTS = {  # option: file of each network that is used as it comes
 }
 RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
 RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
-RAE_PROCESSES = max(1, GPUS[CONFIG.rae.resources])
+RAE_PROCESSES = class_processes(CONFIG.rae.resources)
 RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
 RAE_PUBLISHED = {name: getattr(CONFIG.rae.published, name) for name in CONFIG.rae.use}
 RAE_PUBLISHED_ENCODER = "|".join(name for name, one in RAE_PUBLISHED.items() if one.decoder) or "(?!)"
@@ -117,7 +117,7 @@ rule rae_compute_latent_stats:
         encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
         execution=outside(execution(latent_stats="rae.latent_stats")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.rae.resources)),
+        launcher=launcher(CONFIG.rae.resources),
         state=outside(f"{STATE}/rae/compute_latent_stats"),
         dataset=subpath(input.dataset, parent=True),
         settings=lambda wildcards: numerics(
@@ -177,7 +177,7 @@ rule rae_train_autoencoder:
         encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
         execution=outside(execution(autoencoder="rae.autoencoder")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.rae.resources)),
+        launcher=launcher(CONFIG.rae.resources),
         state=outside(f"{STATE}/rae/train_autoencoder"),
         dataset=subpath(input.dataset, parent=True),
         vgg=outside(RAE_OPTIONS["vgg"]),
@@ -244,7 +244,7 @@ rule rae_compute_reference_stats:
         step=outside(STEP),
         execution=outside(execution(evaluate="rae.evaluate")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.rae.resources)),
+        launcher=launcher(CONFIG.rae.resources),
         state=outside(f"{STATE}/rae/compute_reference_stats"),
         dataset=subpath(input.dataset, parent=True),
         inception=outside(RAE_OPTIONS["inception"]),
@@ -300,7 +300,7 @@ rule rae_reconstruct:
         encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
         execution=outside(execution(evaluate="rae.evaluate")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.rae.resources)),
+        launcher=launcher(CONFIG.rae.resources),
         state=outside(f"{STATE}/rae/reconstruct"),
         dataset=subpath(input.dataset, parent=True),
         vgg=outside(RAE_OPTIONS["vgg"]),

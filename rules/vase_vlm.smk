@@ -27,7 +27,7 @@ Checking the reward is one of GRPO's, and rerun by what reruns GRPO alone; hence
 
 VASE_BASE = model_folder(CONFIG.vase.vlm.model)
 VASE_BASE_FILES = model_folder_files(CONFIG.vase.vlm.model)
-VASE_GPUS = GPUS[CONFIG.vase.train_resources]
+VASE_GPUS = GPUS[CONFIG.vase.train_resources] * resource_class(CONFIG.vase.train_resources).nodes
 VASE_THINKS = CONFIG.vase.reward.format == "think_answer"
 VASE_SYSTEM = CONFIG.vase.grpo.system or (f"{ROOT}/config/prompts/think_answer.txt" if VASE_THINKS else None)
 VASE_CLIP = model_folder(CONFIG.vase.clip.model)
@@ -166,7 +166,7 @@ rule vase_train_sft:
         model=outside(VASE_BASE),
         execution=outside(execution(sft="vase.sft")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.vase.train_resources)),
+        launcher=launcher(CONFIG.vase.train_resources),
         state=outside(f"{STATE}/vase/train_sft"),
         tracker=outside(f"{LOGS}/vase/train_sft"),
         settings=numerics(vlm="vase.vlm", sft="vase.sft"),
@@ -215,7 +215,7 @@ rule vase_merge_sft:
         images=outside(CONFIG.vase.images),
         base=outside(VASE_BASE),
         device=outside(CONFIG.device),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         settings=numerics(vlm="vase.vlm", merge="vase.merge"),
         code=code_key("scripts.vase.merge"),
         adapter=subpath(input.adapter, parent=True),
@@ -260,7 +260,7 @@ rule vase_check_reward:
         system=outside(VASE_SYSTEM_OPTION),
         texts=[file_digest(VASE_SYSTEM), file_digest(CONFIG.vase.reward.plugin)],
         device=outside(CONFIG.device),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
         code=code_key("scripts.vase.reward_plugin"),
     message:
@@ -314,7 +314,7 @@ rule vase_train_grpo:
         texts=[file_digest(VASE_SYSTEM), file_digest(CONFIG.vase.reward.plugin)],
         execution=outside(execution(grpo="vase.grpo")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher(CONFIG.vase.train_resources)),
+        launcher=launcher(CONFIG.vase.train_resources),
         state=outside(f"{STATE}/vase/train_grpo"),
         tracker=outside(f"{LOGS}/vase/train_grpo"),
         settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
@@ -359,7 +359,7 @@ use rule vase_merge_sft as vase_merge_grpo with:
         images=outside(CONFIG.vase.images),
         base=outside(VASE_SFT_MODEL),
         device=outside(CONFIG.device),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         settings=numerics(vlm="vase.vlm", merge="vase.merge"),
         code=code_key("scripts.vase.merge"),
         adapter=subpath(input.adapter, parent=True),
@@ -396,7 +396,7 @@ rule vase_predict:
         texts=[file_digest(VASE_SYSTEM)],
         execution=outside(execution(predict="vase.predict")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         state=outside(f"{STATE}/vase/predict"),
         settings=numerics(vlm="vase.vlm", predict="vase.predict"),
         code=code_key("scripts.vase.predict"),
@@ -451,7 +451,7 @@ rule vase_evaluate:
         clip=outside(VASE_CLIP),
         execution=outside(execution(clip="vase.clip")),
         device=outside(CONFIG.device),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         texts=[file_digest(CONFIG.vase.reward.plugin)],
         settings=numerics(evaluate="vase.evaluate", reward="vase.reward", clip="vase.clip"),
         code=code_key("scripts.vase.evaluate"),
@@ -493,7 +493,7 @@ rule vase_export_megatron:
     params:
         step=outside(STEP),
         model=outside(VASE_GRPO_MODEL),
-        launcher=outside(launcher("gpu_single")),
+        launcher=launcher("gpu_single"),
         settings=numerics(vlm="vase.vlm", megatron="vase.megatron"),
         code=code_key("scripts.vase.export_megatron"),
         folder=subpath(output.meta, parent=True),

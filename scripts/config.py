@@ -34,13 +34,15 @@ HEADER = (
 
 
 class ResourceClass(Settings):
-    """What a class of rules asks of a machine."""
+    """What a class of rules asks of a machine, or of each of several."""
 
-    threads: int = execution(1, ge=1)
-    mem_mb: int = execution(2000, ge=500, description="with about 300 MB for Snakemake's own two processes")
+    threads: int = execution(1, ge=1, description="CPU threads of a node")
+    mem_mb: int = execution(2000, ge=1, description="memory of a node for the step; Snakemake's own is added to it")
     runtime: int = execution(60, ge=1, description="minutes")
-    gpu: int = execution(0, ge=0)
-    gpu_model: str | None = execution(None)
+    gpu: int = execution(0, ge=0, description="GPUs of a node, one process each")
+    gpu_model: str | None = execution(None, pattern=r"^[A-Za-z0-9_.]+$", description="as Slurm calls it, such as h200")
+    nodes: int = execution(1, ge=1, description="machines that one job takes")
+    constraint: str | None = execution(None, description="features that Slurm's nodes must have")
 
 
 class ResourceClasses(Settings):
@@ -50,6 +52,11 @@ class ResourceClasses(Settings):
     cpu: ResourceClass = ResourceClass(threads=8, mem_mb=16000, runtime=240)
     gpu_single: ResourceClass = ResourceClass(threads=8, mem_mb=64000, runtime=720, gpu=1)
     gpu_node: ResourceClass = ResourceClass(threads=64, mem_mb=480000, runtime=1440, gpu=8)
+    multi_node: ResourceClass = ResourceClass(threads=64, mem_mb=480000, runtime=1440, gpu=8, nodes=2)
+    network: ResourceClass = Field(
+        ResourceClass(threads=8, mem_mb=64000, runtime=720, gpu=1),
+        description="biomedica's training when it streams; the one class whose nodes must reach the Hugging Face hub",
+    )
 
 
 class Config(Settings):
@@ -95,6 +102,18 @@ def section(config: Config, dotted: str) -> Any:
     for name in dotted.split("."):
         place = getattr(place, name)
     return place
+
+
+def resource_class(config: Config, name: str) -> ResourceClass:
+    """The resource class of that name.
+
+    Raises:
+        KilnError: there is none; the hint lists those that there are.
+    """
+    allowed = type(config.resources).model_fields
+    if name not in allowed:
+        raise KilnError(f"{name!r} is no resource class", f"give one of {', '.join(allowed)}")
+    return getattr(config.resources, name)
 
 
 def to_yaml(config: Config) -> str:

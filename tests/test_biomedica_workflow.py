@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow(minutes=5)
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123"
 SETTINGS = {
     "device": "cpu",
-    "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
+    "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single", "network")},
     "demo": {"figures": {"figures": 400, "samples_per_shard": 40}},
     "biomedica": {
         "shards": "results/demo/draw_figures/local",

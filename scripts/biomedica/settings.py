@@ -170,4 +170,6 @@ class BiomedicaSettings(Settings):
         (), description="seeds of further runs, on hybrid and on local data with as many steps, to be compared"
     )
     evaluate: EvaluateSettings = EvaluateSettings()
-    resources: Literal["gpu_single", "gpu_node"] = execution("gpu_single", description="class of the rule that trains")
+    resources: Literal["gpu_single", "gpu_node", "multi_node"] = execution(
+        "gpu_single", description="class of the rule that trains"
+    )

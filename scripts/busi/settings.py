@@ -205,7 +205,9 @@ class BusiSettings(Settings):
     methods: tuple[Literal["lora", "qlora"], ...] = Field(
         ("lora",), min_length=1, description="what to train; headline numbers are the first one's"
     )
-    resources: Literal["gpu_single", "gpu_node"] = execution("gpu_single", description="resource class of training")
+    resources: Literal["gpu_single", "gpu_node", "multi_node"] = execution(
+        "gpu_single", description="resource class of training"
+    )
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     merge: MergeSettings = MergeSettings()

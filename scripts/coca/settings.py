@@ -227,7 +227,7 @@ class CocaSettings(Settings):
     caption: CaptionSettings = CaptionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     predict: PredictSettings = PredictSettings()
-    resources: Literal["gpu_single", "gpu_node"] = execution(
+    resources: Literal["gpu_single", "gpu_node", "multi_node"] = execution(
         "gpu_single", description="class of the rules that train and encode"
     )
 

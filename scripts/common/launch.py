@@ -30,6 +30,7 @@ POLL_SECONDS = 1.0
 REMIND_SECONDS = 600.0
 TIED = "--tied"
 PARENT = "KILN_PARENT_PID"
+DEADLINE = "KILN_DEADLINE"
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("no GPU on this machine: running on its CPU")
         args.gpus = 0
     chosen, held = choose_gpus(args.gpus, args.visible, os.environ, owner=command[0])
-    environment = {**os.environ, **chosen, PARENT: str(os.getpid())}
+    environment = {**os.environ, **chosen, **deadline(args.minutes, os.environ), PARENT: str(os.getpid())}
     processes = args.processes or max(1, args.gpus)
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -80,13 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.common.launch",
-        usage="%(prog)s [--gpus N [--or-cpu]] [--processes P] [--visible A,B,...] -- MODULE [ARGUMENTS ...]",
+        usage="%(prog)s [--gpus N [--or-cpu]] [--nodes M] [--minutes T] [--processes P] [--visible A,B,...] -- MODULE [ARGUMENTS ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpus", type=int, default=0, help="how many GPUs the step gets; 0: it sees none")
     parser.add_argument("--or-cpu", action="store_true", help="with no GPU on this machine, run without one")
     parser.add_argument("--processes", type=int, help="how many processes (default: one per GPU, at least one)")
+    parser.add_argument("--nodes", type=int, default=1, help="on how many machines, with as many GPUs on each")
+    parser.add_argument("--minutes", type=float, help="how long the Slurm job may run; sets KILN_DEADLINE in it")
     parser.add_argument("--visible", help="GPUs to choose from, as in CUDA_VISIBLE_DEVICES (default: that, or all)")
     argv = list(argv)
     split = argv.index("--") if "--" in argv else len(argv)
@@ -96,6 +99,19 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.gpus < 0 or (args.processes is not None and args.processes < 1):
         parser.error("--gpus must be 0 or more, and --processes 1 or more")
     return args, command
+
+
+def deadline(minutes: float | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """KILN_DEADLINE, the Unix time in seconds at which a training in a Slurm job of so many minutes saves and ends.
+
+    It leaves one minute or 5 % of the job's time, the longer of them, but no more than a third. Outside Slurm, or
+    without `minutes`, there is none.
+    """
+    if minutes is None or "SLURM_JOB_ID" not in environment:
+        return {}
+    seconds = 60 * minutes
+    margin = min(max(60, 0.05 * seconds), seconds / 3)
+    return {DEADLINE: f"{time.time() + seconds - margin:.0f}"}
 
 
 def step_command(module_and_arguments: Sequence[str], processes: int) -> list[str]:

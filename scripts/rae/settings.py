@@ -301,7 +301,9 @@ class RaeSettings(Settings):
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     published: PublishedEncodersSettings = PublishedEncodersSettings()
-    resources: Literal["gpu_single", "gpu_node"] = execution("gpu_node", description="class of the rules with a model")
+    resources: Literal["gpu_single", "gpu_node", "multi_node"] = execution(
+        "gpu_node", description="class of the rules with a model"
+    )
 
 
 def published_encoders(rae: RaeSettings) -> list[str]:

@@ -397,7 +397,7 @@ class VaseSettings(Settings):
     sft: SftSettings = SftSettings()
     reward: RewardSettings = RewardSettings()
     grpo: GrpoSettings = GrpoSettings()
-    train_resources: Literal["gpu_single", "gpu_node"] = execution(
+    train_resources: Literal["gpu_single", "gpu_node", "multi_node"] = execution(
         "gpu_single", description="resource class of SFT and GRPO"
     )
     merge: MergeSettings = MergeSettings()
