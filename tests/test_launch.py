@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import workflow
+from PIL import Image
 
 from scripts.common import launch, locks
 from scripts.common.errors import KilnError
@@ -22,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TOY = """
 import json, os, pathlib, signal, sys, time
 place, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1] + ".end")
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-facts = {"pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "argv": sys.argv[2:]}
+if "TOY_HAS_NO_HANDLER" not in os.environ:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+variables = {"gpus": "CUDA_VISIBLE_DEVICES", "deadline": "KILN_DEADLINE"}
+facts = {"pid": os.getpid(), "argv": sys.argv[2:], **{key: os.environ.get(name) for key, name in variables.items()}}
 place.with_suffix(".part").write_text(json.dumps(facts))
 place.with_suffix(".part").rename(place)
 for _ in range(6000):
@@ -34,19 +39,51 @@ status = int(end.read_text())
 os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
 """
 
-# Sums the ranks over the group; the sum is right only if both processes are in it.
+# Sums the ranks over the group; the sum is right only if all processes are in it. SIGTERM is noted, and ends none.
 GROUP = """
-import os, pathlib, sys, time, torch, torch.distributed as dist
+import os, pathlib, signal, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
-total = torch.tensor([dist.get_rank() + 1.0])
+rank = dist.get_rank()
+total = torch.tensor([rank + 1.0])
 dist.all_reduce(total)
-place = pathlib.Path(f"{sys.argv[1]}.rank{dist.get_rank()}")
+place = pathlib.Path(f"{sys.argv[1]}.rank{rank}")
+if sys.argv[3:] == ["notes"]:
+    signal.signal(signal.SIGTERM, lambda *_: pathlib.Path(f"{place}.asked").touch())
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 part = pathlib.Path(f"{place}.part")
 part.write_text(f"{os.getpid()} {dist.get_world_size()} {total.item()}")
 part.rename(place)
-time.sleep(float(sys.argv[2]))
-dist.destroy_process_group()
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    time.sleep(0.05)
+    if sys.argv[3:] == ["dies"] and rank == 3:
+        os._exit(9)
+if sys.argv[3:] != ["notes"]:
+    dist.destroy_process_group()
 """
+
+# What the launcher needs of srun: a task per node, all killed when one fails, the highest status; SIGTERM kills, too.
+SRUN = """#!{python}
+import os, signal, subprocess, sys, time
+options = dict(one[2:].split("=") for one in sys.argv[1:] if one.startswith("--") and "=" in one)
+command = sys.argv[next(i for i, one in enumerate(sys.argv) if i and not one.startswith("--")):]
+nodes = range(int(options["nodes"]))
+assert options["ntasks"] == options["nodes"] and options["ntasks-per-node"] == "1"
+names = [{{"SLURM_NODEID": str(n), "SLURMD_NODENAME": f"node{{n}}"}} for n in nodes]
+tasks = [subprocess.Popen(command, env=os.environ | one) for one in names]
+signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
+while any(task.poll() is None for task in tasks):
+    time.sleep(0.05)
+    if any(task.poll() for task in tasks) and options["kill-on-bad-exit"] == "1":
+        for task in tasks:
+            task.kill()
+sys.exit(max(task.returncode % 256 for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+[ "$*" = "show node $SLURMD_NODENAME" ] && echo "NodeName=$3 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=nowhere"
+"""
+JOB = {"SLURM_JOB_ID": "17", "SLURMD_NODENAME": "node0", "CUDA_VISIBLE_DEVICES": "4,5"}
 
 
 @pytest.fixture
@@ -167,13 +204,12 @@ def test_sigterm_ends_the_wait(start, tmp_path):
 
 
 def test_gpus_of_a_slurm_job_are_used_as_they_are(start, tmp_path):
-    job = {"SLURM_JOB_ID": "17", "CUDA_VISIBLE_DEVICES": "4,5"}
-    start("--gpus=2", "--processes=1", step=("toy_step", str(tmp_path / "a")), **job)
-    start("--gpus=1", step=("toy_step", str(tmp_path / "b")), **job)
+    start("--gpus=2", "--processes=1", step=("toy_step", str(tmp_path / "a")), **JOB)
+    start("--gpus=1", step=("toy_step", str(tmp_path / "b")), **JOB)
     assert facts(tmp_path / "a")["gpus"] == "4,5"
     assert facts(tmp_path / "b")["gpus"] == "4"
     assert not (tmp_path / "locks").exists()
-    refused = start("--gpus=3", step=("toy_step", str(tmp_path / "c")), **job)
+    refused = start("--gpus=3", step=("toy_step", str(tmp_path / "c")), **JOB)
     assert refused.wait(30) == 1
     assert "asks for 3 GPU(s); Slurm handed out 2" in refused.log.read_text()
     assert "Hint: " in refused.log.read_text()
@@ -241,7 +277,63 @@ def test_child_of_a_launcher_that_has_gone_does_not_start(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--gpus", "1"], ["--gpus=-1", "--", "m"], ["--processes=0", "--", "m"]])
+def test_a_steps_deadline_is_that_of_its_slurm_job(start, tmp_path):
+    before = time.time()
+    start("--minutes=100", step=("toy_step", str(tmp_path / "a")), **JOB)
+    start("--minutes=100", step=("toy_step", str(tmp_path / "b")))
+    assert before + 5700 <= int(facts(tmp_path / "a")["deadline"]) <= time.time() + 5701  # 5 % earlier
+    assert facts(tmp_path / "b")["deadline"] is None
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1, 40), (10, 540), (20, 1140), (100, 5700)])
+def test_a_deadline_leaves_time_to_save(minutes, seconds, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    assert launch.deadline(minutes, JOB) == {"KILN_DEADLINE": str(1000 + seconds)}
+    assert launch.deadline(minutes, {}) == launch.deadline(None, JOB) == {}
+
+
+def test_in_a_slurm_job_sigterm_reaches_the_step_and_ends_none_that_has_no_answer(start, tmp_path):
+    first = start(step=("toy_step", str(tmp_path / "a")), **JOB)
+    second = start(step=("toy_step", str(tmp_path / "b")), TOY_HAS_NO_HANDLER="1", **JOB)
+    facts(tmp_path / "a"), facts(tmp_path / "b")
+    for launcher in (first, second):
+        launcher.terminate()
+    assert first.wait(30) == 5
+    os.kill(facts(tmp_path / "b")["pid"], signal.SIGTERM)  # Slurm may signal all processes of a job
+    time.sleep(0.3)
+    end(tmp_path / "b", 3)
+    assert second.wait(30) == 3
+
+
+def test_a_class_of_several_nodes_wants_all_gpus_here_without_slurm(start, tmp_path):
+    refused = start("--nodes=2", "--gpus=2", "--visible=a,b", step=("toy_step", str(tmp_path / "a")))
+    assert refused.wait(30) == 1
+    assert "asks for 4 GPU(s); it may choose from 2" in refused.log.read_text()
+    assert "--profile slurm" in refused.log.read_text()
+    start("--nodes=2", "--gpus=1", "--visible=a,b", "--processes=1", step=("toy_step", str(tmp_path / "b")))
+    assert facts(tmp_path / "b")["gpus"] == "a,b"
+
+
+def test_without_srun_several_nodes_are_refused(start, tmp_path):
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    refused = start("--nodes=2", step=("toy_step", str(tmp_path / "a")), PATH=str(tmp_path), **JOB)
+    assert refused.wait(30) == 1
+    assert "srun is not on PATH" in refused.log.read_text()
+
+
+def test_jobs_meet_at_ports_of_their_own():
+    first = launch.free_port("17")
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        assert launch.free_port("17") == first + 1
+    assert launch.free_port("18") == first + 1
+    assert launch.FIRST_PORT <= launch.free_port("4294967294") < 32768  # below the kernel's own
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--gpus", "1"], *([option, "--", "m"] for option in ("--gpus=-1", "--processes=0", "--nodes=0"))]
+)
 def test_wrong_command_lines(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         launch.main(arguments)
@@ -269,6 +361,90 @@ def test_no_process_of_a_group_outlives_its_launcher(start, tmp_path, number):
     launcher.send_signal(number)
     assert launcher.wait(60) != 0
     until(lambda: not any(alive(p.pid) for p in group), seconds=20)
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """Variables of a job on two nodes, with an srun that starts its tasks on this machine."""
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return JOB | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def group_of(launcher: subprocess.Popen, places: list[Path]) -> list[psutil.Process]:
+    """All processes of a launcher, once its ranks have written `places`."""
+    until(lambda: all(p.exists() for p in places) or launcher.poll() is not None, seconds=120)
+    assert launcher.poll() is None, launcher.log.read_text()
+    return psutil.Process(launcher.pid).children(recursive=True)
+
+
+@pytest.mark.slow
+def test_two_nodes_form_one_group_which_a_dead_process_ends(start, tmp_path, slurm):
+    places = [tmp_path / f"a.rank{rank}" for rank in range(4)]
+    launcher = start("--nodes=2", "--gpus=2", step=("toy_group", str(tmp_path / "a"), "300", "dies"), **slurm)
+    group = psutil.Process(launcher.pid)
+    seen: list[psutil.Process] = []
+    while launcher.poll() is None:
+        seen = group.children(recursive=True) or seen
+        time.sleep(0.1)
+    assert launcher.returncode not in (0, None)
+    for place in places:
+        assert place.read_text().split()[1:] == ["4", "10.0"], launcher.log.read_text()
+    until(lambda: not any(alive(p.pid) for p in seen), seconds=20)
+
+
+@pytest.mark.slow
+def test_sigterm_on_two_nodes_is_left_to_slurm(start, tmp_path, slurm):
+    """srun would kill the tasks; Slurm signals them itself, here each node's launcher."""
+    places = [tmp_path / f"a.rank{rank}" for rank in range(4)]
+    launcher = start("--nodes=2", "--gpus=2", step=("toy_group", str(tmp_path / "a"), "6", "notes"), **slurm)
+    group = group_of(launcher, places)
+    launcher.terminate()
+    for process in group:
+        if "--rendezvous" in process.cmdline() and "srun" not in " ".join(process.cmdline()[:3]):
+            process.terminate()
+    until(lambda: all(Path(f"{p}.asked").exists() for p in places))
+    assert launcher.wait(60) == 0, launcher.log.read_text()
+    assert "SIGTERM is left to Slurm" in launcher.log.read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_in_a_slurm_job_does_not_hear_sigterm(start, tmp_path):
+    places = [tmp_path / f"a.rank{rank}" for rank in range(2)]
+    launcher = start("--gpus=2", step=("toy_group", str(tmp_path / "a"), "3", "notes"), **JOB)
+    for process in [psutil.Process(launcher.pid), *group_of(launcher, places)]:  # as Slurm may do
+        process.terminate()
+    assert launcher.wait(60) == 0, launcher.log.read_text()
+    assert all(Path(f"{p}.asked").exists() for p in places)
+
+
+def test_classes_become_resources_of_slurm(tmp_path):
+    """Memory with Snakemake's own; GPUs by node, never as gres; several nodes by srun."""
+    one = {"threads": 2, "mem_mb": 1000, "runtime": 9, "gpu": 2, "gpu_model": "h200", "constraint": "ib"}
+    config = {"device": "auto", "resources": {"gpu_node": one, "multi_node": one | {"nodes": 3}}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    target = "results/rae/compute_reference_stats/floor.json"
+    common = [target, "--dry-run", "--printshellcmds", "--configfile", str(tmp_path / "c.json")]
+    images = "rae.images=images rae.evaluate.extractor=kiln-random rae.evaluate.inception=null"
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/a.png")
+
+    def planned(name: str) -> str:
+        more = ["--config", f"set={images} rae.resources={name}"]
+        said = workflow.run(ROOT, tmp_path, *common, *more)
+        return (said.stdout + said.stderr).split("rule rae_compute_reference_stats:")[1].split("Shell command")
+
+    resources, command = planned("gpu_node")
+    for asked in ("mem_mb=1300", "runtime=9", "gpu=2", "gpu_model=h200", "constraint=ib"):
+        assert asked in resources
+    assert not {"gres", "nodes", "mpi", "slurm_extra"} & {one.strip().split("=")[0] for one in resources.split(",")}
+    assert "scripts.common.launch --gpus 2 --or-cpu --minutes 9 -- " in command
+    resources, command = planned("multi_node")
+    for asked in ("mpi=srun", "nodes=3", "tasks=3", "slurm_extra=--gpus-per-node=h200:2", "mem_mb=1300"):
+        assert asked in resources
+    assert " gpu=" not in resources and "gpu_model=" not in resources
+    assert "scripts.common.launch --nodes 3 --gpus 2 --or-cpu --minutes 9 -- " in command
 
 
 @pytest.mark.slow

@@ -18,12 +18,14 @@ import torch
 import workflow
 from PIL import Image
 from rae_fixtures import (
+    CALM,
     EVALUATE,
     INPUT,
     RESULTS,
     SIDE,
     TRAIN,
     build_data,
+    check_curve,
     common,
     encoder_settings,
     scored,
@@ -192,25 +194,12 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_bytes(data, trained,
     assert not (tmp_path / "out.state").exists()
 
 
-CALM = {"lr": 5e-4, "final_lr": 5e-5}  # rounding grows tenfold an epoch at the fixtures' rate
-
-
 @pytest.fixture(scope="module")
 def calm(data, tmp_path_factory):
     """The loss curve of one process."""
     out = tmp_path_factory.mktemp("calm")
     train_autoencoder.main(training(data, "siglip2", out, **CALM))
     return json.loads((out / "metrics.json").read_text())["history"]
-
-
-def check_curve(out: Path, one: list[dict]) -> None:
-    """The loss curve `one` of one process, but for rounding, which the GAN's stage amplifies."""
-    ours = json.loads((out / "metrics.json").read_text())["history"]
-    for mine, other in zip(ours, one, strict=True):
-        assert mine.keys() == other.keys()
-        for name in ("l1", "lpips", "discriminator"):
-            if name in other:
-                assert mine[name] == pytest.approx(other[name], rel=2e-3 if "gan" in other else 5e-4), name
 
 
 @pytest.mark.slow

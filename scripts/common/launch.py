@@ -1,18 +1,24 @@
-"""Start a training step: one process or several, with GPUs of its own.
+"""Start a training step: one process or several, on one machine or several, with GPUs of its own.
 
     python -m scripts.common.launch --gpus 2 -- scripts.vase.train_classifier --settings ...
+    python -m scripts.common.launch --nodes 2 --gpus 8 -- ...      one process per GPU, in a Slurm job of two nodes
 
-Under a scheduler that handed out GPUs, these are used as they are. On a workstation the launcher waits
-until enough GPUs are free of other launchers, locks them and shows the step no others; the locks end with
-the launcher, and the step's processes never outlive it. The exit status is the step's, or 128 + n after
-signal n; of several processes torchrun reports any failure as 1. SIGTERM, SIGINT and SIGHUP are passed on.
+In a Slurm job the GPUs that it handed out are used as they are, and several nodes are started by srun, each with
+a launcher of its own. Elsewhere the launcher waits until enough GPUs are free of other launchers, locks them and
+shows the step no others; the locks end with the launcher. The step's processes never outlive it, and one that dies
+takes all others along. The exit status is the step's, or 128 + n after signal n; of several processes torchrun
+reports any failure as 1. SIGTERM, SIGINT and SIGHUP are passed on.
 """
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import filelock
+import psutil
 
 from scripts.common import locks, step
 from scripts.common.errors import KilnError
@@ -30,7 +37,10 @@ POLL_SECONDS = 1.0
 REMIND_SECONDS = 600.0
 TIED = "--tied"
 PARENT = "KILN_PARENT_PID"
+TORCHRUN = "torch.distributed.run"
 DEADLINE = "KILN_DEADLINE"
+MEET_SECONDS = 600  # for the slowest node to come up: imports from a busy network disk take minutes
+FIRST_PORT, PORTS = 15000, 15000
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -45,43 +55,80 @@ class Gpu(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the launcher; ends in `SystemExit` with the step's status."""
     args, command = _parse(sys.argv[1:] if argv is None else argv)
+    job = os.environ.get("SLURM_JOB_ID")
+    spread = job is not None and args.nodes > 1 and args.rendezvous is None
     child: list[subprocess.Popen] = []
 
     def forward(number: int, _frame) -> None:
         if not child:
             sys.exit(128 + number)  # still waiting for a GPU
-        child[0].send_signal(number)
+        if spread and number == signal.SIGTERM:
+            log.info("SIGTERM is left to Slurm, which sends it to the processes of all nodes: srun would kill them")
+        elif job and number == signal.SIGTERM:
+            _send(child[0], number)
+        else:
+            child[0].send_signal(number)
 
     for number in _FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+        # What is ignored stays so, as under nohup; in a Slurm job rules ignore SIGTERM, and steps do not.
+        if signal.getsignal(number) is not signal.SIG_IGN or (job and number == signal.SIGTERM):
             signal.signal(number, forward)
 
-    if args.gpus and args.or_cpu and not _uuids():
-        log.info("no GPU on this machine: running on its CPU")
-        args.gpus = 0
-    chosen, held = choose_gpus(args.gpus, args.visible, os.environ, owner=command[0])
+    if spread:
+        chosen, held = {}, []
+        inner = srun_command(args, command, job)
+    else:
+        chosen, held, inner = _here(args, command, job)
     environment = {**os.environ, **chosen, **deadline(args.minutes, os.environ), PARENT: str(os.getpid())}
-    processes = args.processes or max(1, args.gpus)
-    if processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
 
     # A process group of its own: Ctrl-C then reaches the step once, through `forward`, and not twice. A
     # background group may not read from the terminal, hence no stdin.
-    child.append(
-        subprocess.Popen(
-            tied(step_command(command, processes)), env=environment, stdin=subprocess.DEVNULL, process_group=0
-        )
-    )
+    child.append(subprocess.Popen(tied(inner), env=environment, stdin=subprocess.DEVNULL, process_group=0))
     status = child[0].wait()
     for lock in held:
         lock.release()
     sys.exit(status if status >= 0 else 128 - status)
 
 
+def _here(
+    args: argparse.Namespace, command: Sequence[str], job: str | None
+) -> tuple[dict[str, str], list[filelock.BaseFileLock], list[str]]:
+    """Environment, GPU locks and command of the processes on this machine."""
+    of_several = job is not None and args.nodes > 1
+    nodes = 1 if of_several else args.nodes  # without Slurm, this machine stands for all
+    gpus = args.gpus * nodes
+    if gpus and args.or_cpu and not _uuids():
+        if job and "CUDA_VISIBLE_DEVICES" in os.environ:
+            # As many processes as asked for: those of other nodes, and the batch, count on them.
+            log.info("no GPU driver on this machine, though Slurm handed out GPUs: running on its CPU")
+        else:
+            log.info("no GPU on this machine: running on its CPU")
+            gpus, nodes = 0, 1
+    chosen, held = choose_gpus(gpus, args.visible, os.environ, owner=command[0])
+    processes = args.processes or max(nodes, gpus)
+    if processes > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        chosen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    group = group_of_nodes(args.nodes, args.rendezvous, job) if of_several else None
+    return chosen, held, step_command(command, processes, group)
+
+
+def _send(child: subprocess.Popen, number: int) -> None:
+    """Send a signal to the step: to each process of a group, past torchrun, which would end them all."""
+    try:
+        started = psutil.Process(child.pid)
+        ranks = started.children() if TORCHRUN in started.cmdline() else [started]
+    except psutil.NoSuchProcess:
+        return
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.common.launch",
-        usage="%(prog)s [--gpus N [--or-cpu]] [--nodes M] [--minutes T] [--processes P] [--visible A,B,...] -- MODULE [ARGUMENTS ...]",
+        usage="%(prog)s [OPTIONS] -- MODULE [ARGUMENTS ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -89,6 +136,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--or-cpu", action="store_true", help="with no GPU on this machine, run without one")
     parser.add_argument("--processes", type=int, help="how many processes (default: one per GPU, at least one)")
     parser.add_argument("--nodes", type=int, default=1, help="on how many machines, with as many GPUs on each")
+    parser.add_argument("--rendezvous", help="HOST:PORT where the nodes meet; the launcher gives it to those it starts")
     parser.add_argument("--minutes", type=float, help="how long the Slurm job may run; sets KILN_DEADLINE in it")
     parser.add_argument("--visible", help="GPUs to choose from, as in CUDA_VISIBLE_DEVICES (default: that, or all)")
     argv = list(argv)
@@ -96,8 +144,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     args, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     if not command:
         parser.error("give the step's module after `--`")
-    if args.gpus < 0 or (args.processes is not None and args.processes < 1):
-        parser.error("--gpus must be 0 or more, and --processes 1 or more")
+    if args.gpus < 0 or (args.processes is not None and args.processes < 1) or args.nodes < 1:
+        parser.error("--gpus must be 0 or more, --processes and --nodes 1 or more")
     return args, command
 
 
@@ -114,17 +162,80 @@ def deadline(minutes: float | None, environment: Mapping[str, str]) -> dict[str,
     return {DEADLINE: f"{time.time() + seconds - margin:.0f}"}
 
 
-def step_command(module_and_arguments: Sequence[str], processes: int) -> list[str]:
-    """The command that runs a module in one process, or in several on this machine that form a group."""
-    if processes == 1:
+def step_command(module_and_arguments: Sequence[str], processes: int, group: Sequence[str] | None = None) -> list[str]:
+    """The command that runs a module in one process, or in several on this machine that form a group.
+
+    Args:
+        module_and_arguments: the module, then its arguments.
+        processes: how many on this machine.
+        group: torchrun's options where they form a group with those of other machines.
+    """
+    if processes == 1 and group is None:
         return [sys.executable, "-m", *module_and_arguments]
     # --standalone finds a free port itself, so two launches never collide; the local address spares it
     # a look-up of the host's name, which fails or hangs on some machines.
-    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={processes}"]
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    torchrun = [TORCHRUN, *(alone if group is None else group), f"--nproc_per_node={processes}"]
     return [
         *(sys.executable, "-m", *torchrun, "--no-python"),
         *tied([sys.executable, "-u", "-m", *module_and_arguments]),
     ]
+
+
+def srun_command(args: argparse.Namespace, command: Sequence[str], job: str) -> list[str]:
+    """The command that starts a launcher on each node of a Slurm job; this process runs on the first of them."""
+    inner = ["--nodes", str(args.nodes), "--gpus", str(args.gpus)]
+    inner += ["--rendezvous", f"{node_address()}:{free_port(job)}"]
+    inner += ["--or-cpu"] if args.or_cpu else []
+    inner += ["--processes", str(args.processes)] if args.processes else []
+    # One task per node with all that the job has there: without these, srun may bind it to a single CPU.
+    placed = [f"--nodes={args.nodes}", f"--ntasks={args.nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
+    launch = [sys.executable, "-m", "scripts.common.launch", *inner, "--", *command]
+    return [_program("srun"), *placed, "--kill-on-bad-exit=1", "--mpi=none", *launch]
+
+
+def group_of_nodes(nodes: int, rendezvous: str, job: str) -> list[str]:
+    """torchrun's options on one of the nodes that srun started; the first keeps the store where they meet."""
+    first = int(os.environ.get("SLURM_NODEID", "0") == "0")
+    waits = f"join_timeout={MEET_SECONDS},read_timeout={MEET_SECONDS}"
+    return [
+        *(f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", f"--rdzv-id={job}"),
+        *(f"--rdzv-conf=is_host={first},{waits}", f"--local-addr={node_address()}"),
+    ]
+
+
+def node_address() -> str:
+    """Where Slurm's other nodes reach this one; a node's name or host name need not resolve.
+
+    Raises:
+        KilnError: Slurm does not say.
+    """
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    shown = subprocess.run([_program("scontrol"), "show", "node", name], capture_output=True, text=True, check=False)
+    found = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    if not found:
+        raise KilnError(
+            f"`scontrol show node {name}` tells no address: {shown.stderr.strip() or shown.stdout.strip()}",
+            "run it on that node; `scontrol ping` says whether the controller answers",
+        )
+    return found[1]
+
+
+def free_port(job: str) -> int:
+    """A free port of this machine, another for each job: below those that the kernel gives to connections."""
+    for offset in range(PORTS):
+        port = FIRST_PORT + (int(job) + offset) % PORTS
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("", port))
+            return port
+    raise KilnError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free here", "look at `ss -tln`")
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise KilnError(f"{name} is not on PATH", "several nodes are started by Slurm's srun; one needs none")
+    return found
 
 
 def tied(command: Sequence[str]) -> list[str]:
@@ -140,6 +251,12 @@ def _run_tied(command: Sequence[str]) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
         sys.exit("launch: the process that started this one has gone")  # before the line above took effect
+    if "SLURM_JOB_ID" in os.environ:
+        # A job is requeued only if its processes are still there when Slurm kills them. So SIGTERM ends none, but
+        # for steps that say what to do then; torchrun, which would end its processes, does not get to hear of it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        deaf = list(command[1:3]) == ["-m", TORCHRUN]
+        signal.pthread_sigmask(signal.SIG_BLOCK if deaf else signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ[PARENT] = str(os.getpid())  # exec keeps the pid, so this is right for the command's children
     os.execv(command[0], command)
 
@@ -161,8 +278,7 @@ def choose_gpus(
     if count == 0:
         return {"CUDA_VISIBLE_DEVICES": ""}, []
     listed = environment.get("CUDA_VISIBLE_DEVICES")
-    handed_out = visible is None and listed is not None and "SLURM_JOB_ID" in environment
-    if handed_out:
+    if visible is None and listed is not None and "SLURM_JOB_ID" in environment:
         tokens = _split(listed)
         if len(tokens) < count:
             raise KilnError(
@@ -174,8 +290,8 @@ def choose_gpus(
     if len(candidates) < count:
         raise KilnError(
             f"the step asks for {count} GPU(s); it may choose from {len(candidates)} on this machine",
-            "ask for fewer (0 trains on the CPU); `make doctor` says which GPUs there are, `echo "
-            "$CUDA_VISIBLE_DEVICES` whether it hides some",
+            "ask for fewer (0 trains on the CPU), or run a class of several nodes by `--profile slurm`; `make doctor` "
+            "says which GPUs there are, `echo $CUDA_VISIBLE_DEVICES` whether it hides some",
         )
     held = _wait_for(candidates, count, owner)
     tokens = [gpu.token for gpu in candidates if gpu.identity in held]
