@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,8 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import workflow
-from PIL import Image
 
 from scripts.common import launch, locks
 from scripts.common.errors import KilnError
@@ -422,29 +421,35 @@ def test_torchrun_in_a_slurm_job_does_not_hear_sigterm(start, tmp_path):
 def test_classes_become_resources_of_slurm(tmp_path):
     """Memory with Snakemake's own; GPUs by node, never as gres; several nodes by srun."""
     one = {"threads": 2, "mem_mb": 1000, "runtime": 9, "gpu": 2, "gpu_model": "h200", "constraint": "ib"}
-    config = {"device": "auto", "resources": {"gpu_node": one, "multi_node": one | {"nodes": 3}}}
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    target = "results/rae/compute_reference_stats/floor.json"
-    common = [target, "--dry-run", "--printshellcmds", "--configfile", str(tmp_path / "c.json")]
-    images = "rae.images=images rae.evaluate.extractor=kiln-random rae.evaluate.inception=null"
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "images/a.png")
+    (tmp_path / "c.json").write_text(json.dumps({"resources": {"gpu_node": one, "multi_node": one | {"nodes": 3}}}))
 
-    def planned(name: str) -> str:
-        more = ["--config", f"set={images} rae.resources={name}"]
-        said = workflow.run(ROOT, tmp_path, *common, *more)
-        return (said.stdout + said.stderr).split("rule rae_compute_reference_stats:")[1].split("Shell command")
+    def planned(name: str) -> tuple[set[str], str]:
+        """Resources and launcher's options that a rule of the class gets; what stopped the plan."""
+        (tmp_path / "Snakefile").write_text(
+            f"""include: "{ROOT}/rules/common.smk"\nrule made:\n    output: "made.txt"\n"""
+            f"""    threads: class_threads("{name}")\n    resources: **class_resources("{name}")\n"""
+            f"""    params: launcher=launcher("{name}")\n    shell: "launch {{params.launcher}} {{output}}"\n"""
+        )
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "-n", "-p", "--configfile", "c.json"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        said = ran.stdout + ran.stderr
+        found = re.search(r"resources: (.*)", said)
+        return set(found[1].split(", ")) if found else set(), said
 
-    resources, command = planned("gpu_node")
-    for asked in ("mem_mb=1300", "runtime=9", "gpu=2", "gpu_model=h200", "constraint=ib"):
-        assert asked in resources
-    assert not {"gres", "nodes", "mpi", "slurm_extra"} & {one.strip().split("=")[0] for one in resources.split(",")}
-    assert "scripts.common.launch --gpus 2 --or-cpu --minutes 9 -- " in command
-    resources, command = planned("multi_node")
-    for asked in ("mpi=srun", "nodes=3", "tasks=3", "slurm_extra=--gpus-per-node=h200:2", "mem_mb=1300"):
-        assert asked in resources
-    assert " gpu=" not in resources and "gpu_model=" not in resources
-    assert "scripts.common.launch --nodes 3 --gpus 2 --or-cpu --minutes 9 -- " in command
+    of_all = {"mem_mb=1300", "runtime=9", "constraint=ib"}
+    resources, said = planned("gpu_node")
+    assert {r for r in resources if not r.startswith(("mem=", "mem_mib=", "tmpdir="))} == of_all | {
+        "gpu=2",
+        "gpu_model=h200",
+    }
+    assert "launch --gpus 2 --or-cpu --minutes 9 made.txt" in said
+    resources, said = planned("multi_node")
+    spread = {"mpi=srun", "nodes=3", "tasks=3", "slurm_extra=--gpus-per-node=h200:2"}
+    assert {r for r in resources if not r.startswith(("mem=", "mem_mib=", "tmpdir="))} == of_all | spread
+    assert "launch --nodes 3 --gpus 2 --or-cpu --minutes 9 made.txt" in said
+    _, said = planned("gpu_nodes")
+    assert "'gpu_nodes' is no resource class" in said
+    assert "Hint: give one of light, cpu, gpu_single, gpu_node, multi_node, network" in said
 
 
 @pytest.mark.slow

@@ -384,3 +384,21 @@ def test_resolved_config_reads_back(tmp_path):
     made = config.load({"set": "vase.classifier.lr=3e-5 device=cpu"}, tmp_path / "none.yaml")
     (tmp_path / "resolved.yaml").write_text(config.to_yaml(made))
     assert config.load({}, tmp_path / "resolved.yaml") == made
+
+
+def test_sections_name_resource_classes():
+    """What a section may name as its class is in the one table; a name that is not there is refused with the others."""
+    allowed = set(config.ResourceClasses.model_fields)
+    assert allowed == {"light", "cpu", "gpu_single", "gpu_node", "multi_node", "network"}
+    for section, name in (
+        ("vase", "train_resources"),
+        *((s, "resources") for s in ("busi", "rae", "coca", "biomedica")),
+    ):
+        made = settings.validate(config.Config, {section: {name: "multi_node"}}, "a test")
+        assert config.section(made, f"{section}.{name}") == "multi_node"
+        error = fails(config.Config, {section: {name: "gpu_nodes"}})
+        assert f"{section}.{name} = 'gpu_nodes'" in str(error)
+        for one in ("gpu_single", "gpu_node", "multi_node"):
+            assert one in allowed and repr(one) in str(error)
+    with pytest.raises(KilnError, match="give one of light, cpu"):
+        config.resource_class(config.Config(), "gpu_nodes")
