@@ -249,6 +249,8 @@ rule demo_serve_hub:
     conda:
         "../envs/tables.yaml"
     threads: 0  # it waits most of the time, and would keep a core from the next training
+    resources:
+        **class_resources("light"),
     params:
         step=outside(STEP),
         folder=subpath(input.listing, parent=True),

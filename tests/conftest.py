@@ -1,7 +1,9 @@
 """What all tests share: the checkout's root, and which tests this machine can run."""
 
 import os
+import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,20 @@ def realdata() -> Path:
 def real_images() -> Path:
     """Where the real images should be, whether or not they are there."""
     return Path(os.environ.get("KILN_REALDATA") or ROOT.parent / "shared/data").resolve()
+
+
+@pytest.fixture(scope="session")
+def offline() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a command without network (tests/offline.sh); options are those of subprocess.run. Skips where none can be."""
+
+    def run(*command: str, **options) -> subprocess.CompletedProcess:
+        options = {"capture_output": True, "text": True, "timeout": 300, **options}
+        return subprocess.run([str(ROOT / "tests/offline.sh"), *map(str, command)], **options)
+
+    if (tried := run("true")).returncode:
+        warnings.warn(pytest.PytestWarning(tried.stderr), stacklevel=1)
+        pytest.skip(tried.stderr)
+    return run
 
 
 def _has_gpu() -> bool:

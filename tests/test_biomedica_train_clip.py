@@ -137,6 +137,22 @@ def test_it_learns_and_writes_what_it_says(data, trained):
     assert not (data.root / "trained.state").exists()
 
 
+def test_where_there_is_no_network_it_stops_before_any_step(data, tmp_path, offline, root, monkeypatch):
+    """At the hub's own address, by the command line of the rule; local pairs alone train there."""
+    monkeypatch.delenv("HF_ENDPOINT")
+    step = (sys.executable, "-m", "scripts.biomedica.train_clip")
+    impatient = json.dumps({"remote": {"repo": REPO, "attempts": 2, "wait_seconds": 0.01}})
+    out = tmp_path / "out"
+    done = offline(*step, *training(data.root, out), "--settings", impatient, cwd=root)
+    assert done.returncode == 1, done.stderr
+    assert "huggingface.co/datasets/me/figures: shard data/" in done.stderr and "2 attempts" in done.stderr
+    assert "Hint: " in done.stderr and "compute nodes have no network" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    local = offline(*step, *training(data.root, out, arm="local"), cwd=root)
+    assert local.returncode == 0, local.stderr
+    assert metrics_of(out)["samples"]["samples_streamed"] == 0
+
+
 def test_shards_read_to_the_end_are_counted(data, trained):
     found = pd.read_parquet(trained / "remote_index.parquet").set_index("name")
     assert list(found.index) == sorted(found.index) and len(found) >= 1

@@ -24,7 +24,7 @@ from scripts.biomedica import checkpoints, held_out, hybrid, model, planning, tr
 from scripts.biomedica.local import LocalPairs
 from scripts.biomedica.planning import Plan
 from scripts.biomedica.reading import Reading
-from scripts.biomedica.remote import Hub
+from scripts.biomedica.remote import Hub, Unreachable
 from scripts.biomedica.reports import COUNTS
 from scripts.biomedica.settings import (
     HeldOutSettings,
@@ -41,6 +41,10 @@ from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import KEEP, TrainingState, fingerprint
 
 INDEX = pa.schema([("name", pa.string()), *((name, pa.int64()) for name in ("bytes", *COUNTS))])
+NO_NETWORK = (
+    "where compute nodes have no network, give biomedica.resources nodes that have one,"
+    " or set biomedica.plan.samples to what is on disk"
+)
 REJECTED = ["shard", "key", "status", "reason"]
 
 
@@ -82,7 +86,10 @@ def open_hub(args: argparse.Namespace, remote: RemoteSettings, plan: Plan, accel
         )
     hub = Hub(remote, artefacts.read_json(args.remote / "summary.json")["revision"])
     if accelerator.is_main_process:
-        hub.check_access(planning.epoch_shards(plan, 0, {})[0][0])
+        try:
+            hub.check_access(planning.epoch_shards(plan, 0, {})[0][0])
+        except Unreachable as error:
+            raise KilnError(error.message, f"{error.hint}; {NO_NETWORK}") from None
     (hub.authorised,) = broadcast_object_list([hub.authorised])
     return hub
 
