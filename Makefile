@@ -8,7 +8,7 @@ CORES ?= all
 TEST_PROCESSES ?= 2
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test test-long test-cluster lint format config dag doctor lock dvc clean-env clean-demo
+.PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -61,6 +61,9 @@ config: install ## make config/default.yaml, config/schema.json and envs/*.yaml 
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
+
+adopt: install ## wait for the Slurm jobs that a killed Snakemake left, so that the next one carries on
+	$(BIN)/python -m scripts.common.adopt
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor

@@ -10,6 +10,7 @@ Steps are called as `{params.step} scripts.<pipeline>.<step>`, from any working 
 settings, paths of this machine and the like pass through `outside`, so that changing them reruns nothing.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -21,10 +22,13 @@ ROOT = str(Path(str(workflow.current_basedir)).parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
+import yaml
 from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
+from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
+from scripts.common import cluster_guard
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
@@ -265,5 +269,24 @@ class ShardedFolder:
         return paths
 
 
+CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
+
+
+def guard_cluster():
+    """Stop before the first job is submitted to Slurm if another controller, its jobs or the profile are in the way."""
+    directory, options = Path.cwd(), workflow.executor_settings
+    defaults = workflow.resource_settings.default_resources
+    stated = {name: defaults[name].raw for name in ("slurm_account", "slurm_partition") if name in defaults}
+    table = yaml.safe_load(options.partition_config.read_text())["partitions"] if options.partition_config else {}
+    CONTROLLER.enter_context(cluster_guard.only_controller(directory, "snakemake"))
+    cluster_guard.refuse_leftovers(directory, Path(workflow.workdir_init))
+    account = None if options.no_account else stated.get("slurm_account")
+    cluster_guard.check_profile(account, [*table, *filter(None, [stated.get("slurm_partition")])])
+    if options.status_command == "squeue":
+        cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
+
+
 onstart:
+    if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
+        or_stop(guard_cluster)
     write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
