@@ -22,6 +22,7 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
+from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
@@ -29,6 +30,7 @@ from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
 from scripts.common.errors import KilnError
+from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
 from scripts.common.shards import ShardTable, refresh, scan
 from scripts.retrieve.models import read_table as read_models
@@ -41,6 +43,10 @@ def or_stop(function, *arguments):
     except KilnError as error:
         raise WorkflowError(str(error)) from None
 
+
+FAILURES = Watch()
+if workflow.is_main_process:
+    logger.addHandler(FAILURES)
 
 CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"))
 RESULTS = CONFIG.results
@@ -236,3 +242,8 @@ class ShardedFolder:
 
 onstart:
     write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
+
+
+onerror:
+    if FAILURES.failed:
+        logger.error(f"\n{FAILURES.report(Path.cwd())}\n")
