@@ -33,6 +33,7 @@ from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
 from scripts.common.errors import KilnError
+from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
 from scripts.common.shards import ShardTable, refresh, scan
 from scripts.retrieve.models import read_table as read_models
@@ -45,6 +46,10 @@ def or_stop(function, *arguments):
     except KilnError as error:
         raise WorkflowError(str(error)) from None
 
+
+FAILURES = Watch()
+if workflow.is_main_process:
+    logger.addHandler(FAILURES)
 
 CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"))
 RESULTS = CONFIG.results
@@ -290,3 +295,8 @@ onstart:
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
     write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
+
+
+onerror:
+    if FAILURES.failed:
+        logger.error(f"\n{FAILURES.report(Path.cwd())}\n")

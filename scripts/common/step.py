@@ -4,6 +4,8 @@ import argparse
 import inspect
 import logging
 import os
+import resource
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ from scripts.common import artefacts, code_key, settings
 from scripts.common.errors import KilnError
 
 log = logging.getLogger("kiln")
+
+_USAGE = 2  # argparse's exit status
 
 
 def parser(
@@ -76,11 +80,31 @@ def record(args: argparse.Namespace, module: str, values: settings.Settings | No
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run a step's `main`; a `KilnError` becomes its message and exit status 1, others keep their traceback."""
+    """Run a step's `main`; a `KilnError` becomes its message and exit status 1, others keep their traceback.
+
+    Whichever it is, a line before it says where the step ran and how much memory it took.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)  # libraries: warnings only
     try:
         main(None)
     except KilnError as error:
+        _say_where()
         print(f"Error: {error.message}\nHint: {error.hint}", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as error:
+        if error.code not in (None, 0, _USAGE):  # a launcher's, whose step may have been killed without a word
+            _say_where()
+        raise
+    except BaseException:
+        _say_where()
+        raise
+
+
+def _say_where() -> None:
+    """The line that `scripts.common.failures` looks for in a step's log."""
+    job = os.environ.get("SLURM_JOB_ID")
+    where = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    number = f", Slurm job {job}" if job else ""
+    print(f"Failed on {where}{number}: peak memory {peak:.0f} MB (largest process)", file=sys.stderr)

@@ -1,0 +1,461 @@
+"""What failed, why, and the command that shows it again: the report at the end of a run that failed.
+
+`Watch` listens to Snakemake's own logger. It gets the records that a logger plugin would, with nothing to install;
+Snakemake's log file is no substitute: it lacks a job's resources and attempt, and most of itself under `--quiet`.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import re
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+IN_FULL = 5  # failed rules; of the others a line each
+LINES, WIDTH = 30, 300  # of an excerpt of a log
+TAIL_BYTES = 200_000  # of a log that are looked at
+ASK_SECONDS = 20
+NEAR = 0.9  # of the memory asked for, from which a killed job probably ran out of it
+
+_TRACEBACK = "Traceback (most recent call last):"
+_STATUS = re.compile(r"returned non-zero exit status (\d+)")
+_TOLD = re.compile(r"^Failed on (\S+?)(?:, Slurm job (\d+))?: peak memory (\d+) MB", re.M)
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.I)
+_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_SACCT = ("JobIDRaw", "State", "ExitCode", "NodeList", "Partition", "Account", "QOS", "Elapsed", "Timelimit", "ReqMem",
+          "MaxRSS")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Failure:
+    """A job that failed, as Snakemake told of it; `asked` are its resources, `peak_mb` is known of local jobs only."""
+
+    rule: str
+    wildcards: Mapping[str, str]
+    attempt: int
+    started: float
+    asked: Mapping[str, Any]
+    threads: int
+    command: str | None
+    conda: str | None
+    logs: Sequence[str]
+    message: str | None
+    job: str | None = None
+    outputs: Sequence[str] = ()
+    group: str | None = None
+    status: int | None = None
+    peak_mb: float | None = None
+    slurm: concurrent.futures.Future | None = None
+
+    @property
+    def name(self) -> str:
+        """The rule with its wildcards."""
+        marks = ", ".join(f"{key}={value}" for key, value in self.wildcards.items())
+        return f"{self.rule} ({marks})" if marks else self.rule
+
+
+class Watch(logging.Handler):
+    """Collects a run's failed jobs from the records of Snakemake's logger, to which it is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: dict[int, Failure] = {}
+        self._begun: dict[int, tuple[float, Mapping[str, str], Mapping[str, Any], int]] = {}
+        self._attempts: dict[int, int] = {}
+        self._status: dict[int | None, int] = {}  # by thread: a local job's error and exit status come from one
+        self._groups: dict[int, tuple[str, str | None, list[str]]] = {}
+        self._peak = _children_mb()
+        # A cluster forgets a job minutes after its end, so it is asked at once; not in this thread, which must not wait.
+        self._asking = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take note of one record of Snakemake's."""
+        try:
+            self._take(record)
+        except Exception:  # as logging's own handlers: what is wrong here is told and stops nothing
+            self.handleError(record)
+
+    def _take(self, record: logging.LogRecord) -> None:
+        facts = vars(record)
+        event = str(facts.get("event") or "")
+        if event == "job_info":
+            number = facts["jobid"]
+            # the resources change with the next attempt
+            resources = dict(facts["resources"].items())
+            self._begun[number] = (record.created, dict(facts["wildcards"]), resources, facts["threads"])
+            self._attempts[number] = self._attempts.get(number, 0) + 1
+        elif event == "job_finished":
+            self.failed.pop(facts["job_id"], None)
+            self._peak = _children_mb()
+        elif event == "group_error":
+            member = (facts["groupid"], facts.get("external_jobid"), list(facts["aux_logs"]))
+            self._groups.update({info["jobid"]: member for info in facts["job_error_info"]})
+        elif event == "job_error":
+            self._note(facts)
+        elif record.levelno >= logging.ERROR and (found := _STATUS.findall(record.getMessage())):
+            self._status[record.thread] = int(found[-1])
+
+    def _note(self, facts: Mapping[str, Any]) -> None:
+        number = facts["jobid"]
+        started, wildcards, asked, threads = self._begun.get(number, (facts["created"], {}, {}, 1))
+        group, job, logs = self._groups.pop(number, (None, None, []))
+        job = facts["aux"].get("external_jobid") or job
+        failure = Failure(
+            rule=facts["rule_name"],
+            wildcards=wildcards,
+            attempt=self._attempts.get(number, 1),
+            started=started,
+            asked=asked,
+            threads=threads,
+            command=facts["shellcmd"],
+            conda=facts["conda_env"],
+            logs=[*facts["log"], *logs],
+            message=facts["rule_msg"],
+            job=job,
+            outputs=facts["output"],
+            group=group,
+        )
+        if job:
+            failure.slurm = self._asking.submit(ask_controller, job)
+        else:
+            failure.status = self._status.pop(facts["thread"], None)
+            peak = _children_mb()
+            # It is a maximum over all children that ended: this job's own only if it has just risen.
+            failure.peak_mb, self._peak = (peak if peak > self._peak else None), peak
+        self.failed.pop(number, None)
+        self.failed[number] = failure
+
+    def report(self, folder: Path) -> str:
+        """What to tell of the jobs that failed and did not succeed in a later attempt; empty if there are none.
+
+        Never raises: what went wrong in here must not hide what went wrong in the run.
+
+        Args:
+            folder: the working directory of the run.
+        """
+        try:
+            return hide_secrets(_report(_who_failed(list(self.failed.values())), folder), os.environ)
+        except Exception as error:  # noqa: BLE001 as the docstring says
+            return f"There is no report of what failed ({type(error).__name__}: {error}); see the messages above."
+
+
+def _children_mb() -> float:
+    """The largest peak of a child that ended, or of this process: each child starts as a copy of it."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)) / 1024
+
+
+def _who_failed(failures: list[Failure]) -> list[Failure]:
+    """Without the members of a group that were told to have failed only because another member did."""
+    kept = []
+    for group in dict.fromkeys((failure.group, failure.job) for failure in failures):
+        members = [failure for failure in failures if (failure.group, failure.job) == group]
+        if group[0] is None:
+            kept += members
+            continue
+        text = _tail(members[0].logs[-1]) if members[0].logs else ""
+        blamed = [m for m in members if f"Error in rule {m.rule}:" in text and f"output: {', '.join(m.outputs)}" in text]
+        # One that was killed could not be blamed: it is the last that wrote to its log.
+        kept += blamed or [max(members, key=lambda m: max((_written(log) for log in m.logs[:1]), default=0.0))]
+    return kept
+
+
+def _report(failures: Sequence[Failure], folder: Path) -> str:
+    if not failures:
+        return ""
+    count = f"{len(failures)} job{'s' * (len(failures) > 1)} failed"
+    parts = [f"{count}; the first {IN_FULL}:" if len(failures) > IN_FULL else f"{count}:"]
+    parts += [_in_full(failure, folder) for failure in failures[:IN_FULL]]
+    if others := failures[IN_FULL:]:
+        parts.append("\n".join(["The others:", *(f"  {_in_a_line(failure)}" for failure in others)]))
+    return "\n\n".join(parts)
+
+
+def _in_a_line(failure: Failure) -> str:
+    said = excerpt(_log_text(failure)) or ["nothing said"]
+    job = f"Slurm job {failure.job}, " if failure.job else ""
+    why = next((line for line in said if line.startswith("Error: ")), said[-1])
+    return f"{failure.name}: {job}{why.strip()}"[:WIDTH]
+
+
+def _in_full(failure: Failure, folder: Path) -> str:
+    slurm = ask_accounting(failure.job) | failure.slurm.result() if failure.job and failure.slurm else {}
+    text = _log_text(failure)
+    machine = _tail(failure.logs[-1]) if failure.job and failure.logs else ""  # what Slurm and Snakemake say there
+    job = f", Slurm job {failure.job}" if failure.job else ""
+    group = f" of group {failure.group}" if failure.group else ""
+    words = [found for found in _TOLD.finditer(text) if found[2] == (failure.job or found[2])]
+    node = slurm.get("node") or (words[-1][1] if words else None if failure.job else socket.gethostname())
+    state = slurm.get("state")
+    status = failure.status
+    if status is None and (statuses := _STATUS.findall(machine)):
+        status = int(statuses[-1])
+    number = slurm.get("signal") or (status - 128 if status and 128 < status < 128 + signal.NSIG else None)
+    peaks = [float(found[3]) for found in words] or [failure.peak_mb or 0.0]
+    peaks.append(slurm.get("peak_mb", 0.0))
+    peak = max(peaks) or None
+    asked = slurm.get("asked_mb") or failure.asked.get("mem_mb")
+    asked = float(asked) if isinstance(asked, int | float) else None
+    why = reason(state, number, peak, asked, slurm.get("limit") or _minutes(failure.asked.get("runtime")))
+    memory = f"peak {peak:.0f} MB" if peak is not None else "peak unknown"
+    lines = [
+        f"{failure.name}{group}" + (f", attempt {failure.attempt}" if failure.attempt > 1 else ""),
+        f"  ran on {node or 'an unknown node'}{job}{f': {state}' if state else ''}",
+        f"  memory: {memory}{f' of {asked:.0f} MB asked for' if asked else ''}",
+    ]
+    if why:
+        lines.append(f"  cause: {why}")
+    said = excerpt(text) or [one for one in excerpt(machine) if one]
+    stale = bool(failure.logs) and 0 < _written(failure.logs[0]) < failure.started
+    if stale:
+        lines.append("  its log was last written to before this attempt began:")
+    lines += [f"    {line}" for line in said]
+    if not said:
+        lines.append("  its log says nothing")
+    lines += [f"    {line}" for line in _slurm_words(machine) if line not in said]
+    lines += [f"  log: {log}" for log in failure.logs]
+    if command := by_hand(failure, slurm, folder):
+        lines.append(f"  by hand:\n{command}")
+    return "\n".join(lines)
+
+
+def reason(state: str | None, number: int | None, peak: float | None, asked: float | None, limit: str | None) -> str:
+    """Why a job ended that had no error of its own, as far as that can be told; else nothing.
+
+    Args:
+        state: Slurm's state of the job.
+        number: the signal that killed it.
+        peak, asked: memory in MB.
+        limit: its time limit, in words.
+    """
+    more_memory = "give its resource class more `mem_mb`"
+    if state == "OUT_OF_MEMORY":
+        return f"out of memory: {more_memory}"
+    if state == "TIMEOUT":
+        return f"out of time ({limit or 'its limit'}): give its resource class more `runtime`"
+    if state == "CANCELLED":
+        return "cancelled"
+    if state in ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"):
+        return f"ended by Slurm ({state})"
+    if number == signal.SIGKILL:
+        if peak is None or asked is None:
+            return f"killed by signal 9: probably out of memory; if so, {more_memory}"
+        if peak >= NEAR * asked:
+            return f"killed by signal 9, near its request: probably out of memory; {more_memory}"
+        return "killed by signal 9, by whom is not known; its memory was below its request"
+    if number:
+        return f"killed by signal {number} ({signal.Signals(number).name})" if number in _signals() else ""
+    return ""
+
+
+def _signals() -> set[int]:
+    return {int(one) for one in signal.Signals}
+
+
+def excerpt(text: str) -> list[str]:
+    """The last thing that a step's log says was wrong: its `Error:` and `Hint:`, or traceback, or last lines."""
+    lines = [_plain(line) for line in re.split(r"[\r\n]+", text)]
+    lines = [line for line in lines if line.strip() and not _TOLD.match(line)]
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith("Error: "):
+            end = next((i for i in range(index, len(lines)) if lines[i].startswith("Hint: ")), len(lines) - 1)
+            return _bounded(lines[index : end + 1])
+        if lines[index].endswith(_TRACEBACK):
+            trace = _traceback(lines[index:])
+            # torchrun's own, which follows that of the process that failed
+            if not any("ChildFailedError" in line for line in trace):
+                return _bounded(trace)
+    return _bounded(lines[-10:])
+
+
+def _traceback(lines: Sequence[str]) -> list[str]:
+    """A traceback from its first line on to the end of the exception's message, as far as that is indented."""
+    rank = re.match(r"\[rank\d+\]: ?", lines[0])  # torch's mark of several processes
+    inner = [line[len(rank[0]) :] if rank and line.startswith(rank[0]) else line for line in lines]
+    end = 1
+    while end < len(inner) and inner[end][:1].isspace():
+        end += 1
+    while end + 1 < len(inner) and inner[end + 1][:1].isspace():
+        end += 1
+    return list(lines[: end + 1])
+
+
+def _bounded(lines: Sequence[str]) -> list[str]:
+    shown = [line if len(line) <= WIDTH else f"{line[:WIDTH]}..." for line in lines]
+    if len(shown) <= LINES:
+        return shown
+    return [shown[0], f"... {len(shown) - LINES} lines left out ...", *shown[-(LINES - 1) :]]
+
+
+def _plain(line: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", line).rstrip()
+
+
+def _slurm_words(text: str) -> list[str]:
+    found = [_plain(line) for line in text.splitlines() if line.startswith(("slurmstepd: error:", "srun: error:"))]
+    return _bounded(list(dict.fromkeys(found))[-3:])
+
+
+def _log_text(failure: Failure) -> str:
+    return _tail(failure.logs[0]) if failure.logs else ""
+
+
+def _tail(path: str) -> str:
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL_BYTES))
+            return handle.read().decode(errors="replace")
+    except OSError:  # it may never have been written
+        return ""
+
+
+def _written(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def by_hand(failure: Failure, slurm: Mapping[str, Any], folder: Path) -> str | None:
+    """One shell command that runs the failed step again as Snakemake did: in its folder, environment and allocation."""
+    if not failure.command:
+        return None
+    command = failure.command.strip()
+    before, _, after = command.rpartition(" 2>&1 | tee ")
+    if before and len(_words(after)) == 1:
+        command = before
+    start = [f"cd {shlex.quote(str(folder))}"]
+    if failure.conda:
+        start.append(f'source "$(conda info --base)/bin/activate" {shlex.quote(failure.conda)}')
+    if failure.job:
+        if not _is_simple(command):
+            command = f"bash -c {shlex.quote(command)}"
+        command = f"{_allocation(failure, slurm)} {command}"
+    return " && ".join([*start, command])
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return []
+
+
+def _is_simple(command: str) -> bool:
+    """Whether a command is one program with its arguments, which srun takes as it is."""
+    try:
+        words = list(shlex.shlex(command, posix=False, punctuation_chars=True))
+    except ValueError:
+        return False
+    return words[:1] == ["env"] and "\n" not in command and not any(set(word) <= set("();<>|&$`") for word in words)
+
+
+def _allocation(failure: Failure, slurm: Mapping[str, Any]) -> str:
+    asked = failure.asked
+    nodes, tasks = asked.get("nodes") or 1, asked.get("tasks") or 1
+    options = {
+        "partition": slurm.get("partition") or asked.get("slurm_partition"),
+        "account": slurm.get("account") or asked.get("slurm_account"),
+        "qos": asked.get("qos"),
+        "constraint": asked.get("constraint"),
+        "nodes": nodes,
+        "ntasks": tasks,
+        "cpus-per-task": asked.get("cpus_per_task") or failure.threads,
+        "mem": asked.get("mem_mb"),
+        "time": asked.get("runtime"),
+    }
+    if gpus := asked.get("gpu"):
+        options["gpus"] = f"{asked['gpu_model']}:{gpus}" if asked.get("gpu_model") else gpus
+    flags = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value]
+    extra = [str(asked["slurm_extra"])] if asked.get("slurm_extra") else []
+    # A step on several nodes calls srun itself: it gets an allocation to do so in.
+    return " ".join(["salloc" if nodes > 1 or asked.get("mpi") else "srun", *flags, *extra])
+
+
+def ask_controller(job: str) -> dict[str, Any]:
+    """What Slurm's controller knows of a job, which is nothing some minutes after its end.
+
+    Keys, each only where it is known: state, signal, node, partition, account, limit (words), asked_mb.
+    """
+    return parse_scontrol(_ask("scontrol", "show", "job", "--oneliner", job))
+
+
+def ask_accounting(job: str) -> dict[str, Any]:
+    """What Slurm's accounting knows of a job, where there is any; keys as of `ask_controller`, and peak_mb."""
+    command = ("sacct", "--parsable2", "--noheader", "--units=M", f"--format={','.join(_SACCT)}", f"--jobs={job}")
+    return parse_sacct(_ask(*command), job)
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):  # not installed, no accounting, or the job is forgotten
+        return ""
+    return done.stdout
+
+
+def parse_scontrol(text: str) -> dict[str, Any]:
+    """The facts in a line of `scontrol show job --oneliner`; keys as of `ask_controller`."""
+    fields = dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(\S+)", text))
+    mine = {
+        "state": fields.get("JobState"),
+        "signal": _signal(fields.get("ExitCode", "")),
+        "node": fields.get("NodeList"),
+        "partition": fields.get("Partition"),
+        "account": fields.get("Account"),
+        "limit": fields.get("TimeLimit"),
+        "asked_mb": _megabytes(fields.get("MinMemoryNode", "")),
+    }
+    return {key: value for key, value in mine.items() if value and value != "(null)"}
+
+
+def parse_sacct(text: str, job: str) -> dict[str, Any]:
+    """The facts in what `sacct --parsable2` prints in the columns that `ask_accounting` asks for; keys as there.
+
+    A job's peak is the sum over its steps: Snakemake's own, which stays, and the rule's.
+    """
+    rows = [dict(zip(_SACCT, line.split("|"), strict=False)) for line in text.splitlines()]
+    whole = next((row for row in rows if row["JobIDRaw"] == job), {})
+    peaks = [_megabytes(row.get("MaxRSS", "")) or 0.0 for row in rows if row["JobIDRaw"].startswith(f"{job}.")]
+    mine = {
+        "state": whole.get("State", "").split(" ")[0],  # it may go on: CANCELLED by 1000
+        "signal": _signal(whole.get("ExitCode", "")),
+        "node": whole.get("NodeList"),
+        "partition": whole.get("Partition"),
+        "account": whole.get("Account"),
+        "limit": whole.get("Timelimit"),
+        "asked_mb": _megabytes(whole.get("ReqMem", "")),
+        "peak_mb": sum(peaks),
+    }
+    return {key: value for key, value in mine.items() if value}
+
+
+def _signal(exit_code: str) -> int | None:
+    found = re.fullmatch(r"\d+:(\d+)", exit_code)
+    return int(found[1]) or None if found else None
+
+
+def _megabytes(text: str) -> float | None:
+    found = re.fullmatch(r"([\d.]+)([KMGT]?)[nc]?", text)
+    try:
+        return float(found[1]) * 1024.0 ** ("KMGT".index(found[2] or "M") - 1) if found else None
+    except ValueError:  # several dots
+        return None
+
+
+def _minutes(value: Any) -> str | None:
+    return f"{value} minutes" if isinstance(value, int | float) else None
+
+
+def hide_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """`text` without the values of tokens and passwords in `environment`, and without what looks like one."""
+    for name, value in environment.items():
+        if _SECRET_NAME.search(name) and not name.endswith(("_PATH", "_FILE", "_DIR")) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return _SECRET_TEXT.sub("***", text)
