@@ -6,9 +6,10 @@ LOCK := requirements.lock
 INSTALLED := $(VENV)/installed
 CORES ?= all
 TEST_PROCESSES ?= 2
+RESULTS ?= results
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test test-long test-cluster lint format config dag doctor lock dvc clean-env clean-demo
+.PHONY: help install demo test test-long test-cluster lint format config dag status doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -61,6 +62,9 @@ config: install ## make config/default.yaml, config/schema.json and envs/*.yaml 
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
+
+status: install ## the trainings that run or stopped, a line each (RESULTS=results/demo)
+	@$(BIN)/python -m scripts.common.status --state $(RESULTS)/state
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor
