@@ -6,9 +6,10 @@ LOCK := requirements.lock
 INSTALLED := $(VENV)/installed
 CORES ?= all
 TEST_PROCESSES ?= 2
+RESULTS ?= results
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo
+.PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo status
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,6 +65,9 @@ dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `m
 
 adopt: install ## wait for the Slurm jobs that a killed Snakemake left, so that the next one carries on
 	$(BIN)/python -m scripts.common.adopt
+
+status: install ## the trainings that run or stopped, a line each (RESULTS=results/demo)
+	@$(BIN)/python -m scripts.common.status --state $(RESULTS)/state
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor

@@ -294,7 +294,9 @@ def test_machine_settings_of_the_project_are_execution():
     assert "device" not in numerics
     assert not any(numerics["resources"].values())
     running = settings.of_kind(config.Config(), "execution")
-    assert running["vase"]["classifier"].keys() == {"workers", "save_minutes", "budget_minutes", "tracker"}
+    assert running["vase"]["classifier"].keys() == {
+        "workers", "save_minutes", "budget_minutes", "stall_minutes", "tracker",
+    }  # fmt: skip
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.floats(allow_nan=False), max_size=5))

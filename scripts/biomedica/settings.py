@@ -117,6 +117,7 @@ class TrainSettings(Settings):
     prefetch: int = execution(64, gt=0, description="streamed pairs of a lane read ahead of its shuffle buffer")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
     @model_validator(mode="after")

@@ -160,7 +160,7 @@ def train(fit: Fit, state: TrainingState, track: Path) -> None:
             shown |= {"waited_share": grown["waited"] / grown["seconds"]}
             for name, value in (fit.now | shown).items():
                 writer.scalar(name, value, fit.at.step)
-        state.checkpoint(fit.at.step, fit.state)
+        state.checkpoint(fit.at.step, fit.state, fit.now.get("loss"))
 
     def after_epoch(fit: Fit) -> None:
         row, totals = fit.at.history[-1], fit.at.totals
@@ -185,8 +185,10 @@ def train(fit: Fit, state: TrainingState, track: Path) -> None:
         for name, (reason, pairs) in fit.at.unreachable.items():
             step.log.warning("shard %s was given up after %d pairs, others make up for it: %s", name, pairs, reason)
 
+    fit.validate = state.paused(fit.validate)
     try:
-        fit.run(after_step, after_epoch)
+        with state.running(fit.plan.steps, readers=("scripts.biomedica.hybrid",)):
+            fit.run(after_step, after_epoch)
     finally:
         writer.close()
 
@@ -235,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     state = TrainingState(
         args.state_folder, fingerprint(of_kind(values, "numerics"), hashes, record.code),
         accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
-        own.save_minutes, own.budget_minutes,
+        own.save_minutes, own.budget_minutes, own.stall_minutes,
     )  # fmt: skip
     try:
         train(fit, state, args.tracker_folder)

@@ -152,6 +152,7 @@ class TrainSettings(Settings):
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     save_total_limit: int = execution(1, gt=0, description="complete saves that are kept")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
 

@@ -25,7 +25,7 @@ from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind
 from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
 from scripts.common.trainer_log import Log, history
-from scripts.common.training_state import OutOfTime, fingerprint
+from scripts.common.training_state import fingerprint
 
 
 def load_base(values: TrainLoraSettings, family: vlm.Family, folder: Path, dtype: torch.dtype, quantised: bool, device):
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):
     """Train to the end, resuming from the newest whole checkpoint in `folder`: (trainer, processor).
 
     Raises:
-        OutOfTime: the time budget is used up; the state is saved.
+        OutOfTime, Interrupted: the time is used up, or a signal came; the state is saved.
     """
     settings, quantised = values.train, args.method == "qlora"
     on_cpu = devices.prepare(args.device, settings.precision, step.threads(args), settings.deterministic)
@@ -82,9 +82,11 @@ def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):
     check_room(model, values, first, dtype, arguments.device, folder)
     resumed = from_rank_0(newest_complete(folder) if arguments.process_index == 0 else None)
     kind = settings.tracker if arguments.process_index == 0 else "none"
-    keeper = WholeCheckpoints(settings.save_total_limit, settings.save_minutes, settings.budget_minutes)
+    keeper = WholeCheckpoints(
+        settings.save_total_limit, settings.save_minutes, settings.budget_minutes, settings.stall_minutes
+    )  # fmt: skip
     writer = trackers.tracker(args.tracker_folder, kind, step_of(resumed) + 1 if resumed else 0)
-    with contextlib.closing(writer):
+    with contextlib.closing(writer), keeper.running(folder):
         trainer = fine_tuning.make_trainer(
             model, family, processor, arguments, data["train"], data["validation"],
             [keeper, Log(writer, settings.log_steps, "lower busi.train.lr, or set precision bf16")],
@@ -92,11 +94,6 @@ def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):
         if resumed:
             step.log.info("resumed from %s", resumed)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    if keeper.out_of_time:
-        raise OutOfTime(
-            f"the time budget is used up; saved at step {trainer.state.global_step} in {folder}",
-            "run the same command again: it carries on from there",
-        )
     return trainer, processor
 
 

@@ -126,6 +126,7 @@ class TrainSettings(Settings):
     workers: int = execution(4, ge=0, description="processes that read slides")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
 

@@ -129,7 +129,10 @@ def train(fit: Fit, state: TrainingState, track: Path, keep) -> None:
     writer = trackers.tracker(track, values.tracker if main else "none", first_step=fit.at.step + 1)
 
     def after_step(fit: Fit) -> None:
-        state.checkpoint(fit.at.step, fit.state)
+        at = fit.at
+        sums, count = (at.sums, at.batch) if at.batch else (at.history[-1], 1)  # means over the epoch so far
+        loss = sum(sums.get(name, 0.0) for name in ("caption", "contrastive")) / count
+        state.checkpoint(at.step, fit.state, loss)
 
     def after_epoch(fit: Fit) -> None:
         row = fit.at.history[-1]
@@ -141,8 +144,10 @@ def train(fit: Fit, state: TrainingState, track: Path, keep) -> None:
         if main and values.save_every and fit.at.epoch % values.save_every == 0:
             keep(state.folder / "epochs" / f"epoch-{fit.at.epoch:04d}.safetensors", fit.at.step, fit.at.epoch)
 
+    fit.validate = state.paused(fit.validate)
     try:
-        fit.run(after_step, after_epoch)
+        with state.running(values.epochs * fit.steps_per_epoch):
+            fit.run(after_step, after_epoch)
     finally:
         writer.close()
 
@@ -200,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
     state = TrainingState(
         args.state_folder, fingerprint(of_kind(values, "numerics"), hashes, record.code),
         accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
-        own.save_minutes, own.budget_minutes,
+        own.save_minutes, own.budget_minutes, own.stall_minutes,
     )  # fmt: skip
     try:
         train(fit, state, args.tracker_folder, keep)

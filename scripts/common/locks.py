@@ -7,6 +7,7 @@ dies in any way, SIGKILL included, so that no lock is ever stale. The file's tex
 import contextlib
 import datetime
 import errno
+import fcntl
 import getpass
 import json
 import os
@@ -21,6 +22,7 @@ from scripts.common.artefacts import explain_os_error
 from scripts.common.errors import KilnError
 
 WRITER_LOCK = "writer.lock"
+LOOK_SECONDS = 0.2  # `is_taken` may just be looking
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -40,7 +42,7 @@ def writer_lock(folder: Path, owner: str, wait_seconds: float = 0) -> Iterator[N
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(path, owner)
-        lock.acquire(timeout=wait_seconds)
+        lock.acquire(timeout=max(wait_seconds, LOOK_SECONDS))
     except filelock.Timeout:
         raise KilnError(
             f"{folder}: another process writes here: {holder(path)}",
@@ -57,6 +59,25 @@ def writer_lock(folder: Path, owner: str, wait_seconds: float = 0) -> Iterator[N
         yield
     finally:
         lock.release()
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a process writes in `folder`; this asks by holding a shared lock for an instant.
+
+    Raises:
+        KilnError: the file system knows no locks, or the lock cannot be read.
+    """
+    path = folder / WRITER_LOCK
+    try:
+        with path.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise KilnError(f"{path}: {error.strerror}", "ask on the machine and as the user that trains") from error
+    return False
 
 
 def gpu_lock_folder() -> Path:

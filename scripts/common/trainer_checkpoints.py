@@ -5,16 +5,21 @@ empty file COMPLETE, written and flushed after everything else; only checkpoints
 and older ones go only when a newer one has it (the Trainer's own rotation would delete first).
 """
 
+import contextlib
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch
 from transformers import TrainerCallback
 
 from scripts.common.step import log
+from scripts.common.supervision import CARRY_ON, Supervision, deadline
+from scripts.common.training_state import OutOfTime
 
 MARK = "COMPLETE"
 
@@ -68,24 +73,72 @@ def complete(checkpoint: Path, keep: int, best: int | None = None) -> None:
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Saves by the clock, marks what is whole, and stops when the time budget is used up.
+    """Saves by the clock and on signals, marks what is whole, and stops when the time budget is used up.
 
     Give the Trainer `save_strategy="no"` or its own strategy, and no `save_total_limit`: rotation is done here, and
-    spares the checkpoint that the Trainer knows as the best.
+    spares the checkpoint that the Trainer knows as the best. From `train` on it has a heartbeat, and a stall ends the
+    process; the last save stands.
 
     Args:
         keep: whole checkpoints that stay.
         save_minutes: time between saves; None leaves them to the Trainer's strategy.
-        budget_minutes: after this time training saves and stops, with `out_of_time` set.
+        budget_minutes: after this time, or at KILN_DEADLINE, training saves and stops, and `running` raises.
+        stall_minutes: without a step or a batch of a validation in this time the process ends; None: never.
     """
 
-    def __init__(self, keep: int, save_minutes: float | None, budget_minutes: float | None):
+    def __init__(
+        self,
+        keep: int,
+        save_minutes: float | None,
+        budget_minutes: float | None,
+        stall_minutes: float | None = None,
+    ):
         self.keep, self.save_seconds = keep, float("inf") if save_minutes is None else save_minutes * 60
-        self.deadline = None if budget_minutes is None else time.monotonic() + budget_minutes * 60
+        self.deadline, self.stall_minutes = deadline(budget_minutes), stall_minutes
         self.last_save = time.monotonic()
+        self.saved_step = 0
         self.out_of_time = False
+        self.interrupted: int | None = None
+        self.supervision: Supervision | None = None
+
+    @contextlib.contextmanager
+    def running(self, folder: Path) -> Iterator[None]:
+        """The block trains with this callback, into `folder`.
+
+        Raises:
+            OutOfTime: the time budget is used up; the state is saved.
+            Interrupted: a signal asked for the end; the state is saved.
+        """
+        try:
+            yield
+        finally:
+            if self.supervision is not None:
+                self.supervision.stop()
+        if self.out_of_time:
+            raise OutOfTime(f"the time budget is used up; saved at step {self.saved_step} in {folder}", CARRY_ON)
+        if self.interrupted:
+            self.supervision.answer(self.interrupted, self.saved_step)
+
+    def on_train_begin(self, args, state, control, **_):
+        self.supervision = Supervision(
+            Path(args.output_dir), state.is_world_process_zero, self.stall_minutes, self._rescue
+        )
+        self.supervision.start(state.global_step, state.max_steps)
+
+    def on_train_end(self, args, state, control, **_):
+        self.supervision.stop()
+
+    def on_substep_end(self, args, state, control, **_):
+        self.supervision.beat(state.global_step)
+
+    def on_prediction_step(self, args, state, control, **_):
+        self.supervision.beat(state.global_step)
+
+    def on_log(self, args, state, control, logs, **_):
+        self.supervision.beat(state.global_step, logs.get("loss"))
 
     def on_step_end(self, args, state, control, **_):
+        self.supervision.beat(state.global_step)
         # an epoch's last step waits for the validation after it, which a resumed run would leave out
         return control if float(state.epoch).is_integer() else self._save_if_due(state, control)
 
@@ -93,15 +146,15 @@ class WholeCheckpoints(TrainerCallback):
         return self._save_if_due(state, control)
 
     def _save_if_due(self, state, control):
-        if self.out_of_time:
+        if self.out_of_time or self.interrupted:
             return control  # saved; what the Trainer still does before it ends is not to be resumed from
         now = time.monotonic()
         late = self.deadline is not None and now > self.deadline
-        # rank 0's clock decides for all, so that no process saves or stops alone
-        late, due = from_rank_0((late, late or now - self.last_save >= self.save_seconds))
-        if due and state.global_step < state.max_steps:
+        # rank 0's word decides for all, so that no process saves or stops alone
+        late, due, asked = from_rank_0((late, now - self.last_save >= self.save_seconds, self.supervision.asked))
+        if (late or due or asked) and state.global_step < state.max_steps:
             control.should_save = True
-            self.out_of_time = late
+            self.out_of_time, self.interrupted = late, asked
         return control
 
     def on_save(self, args, state, control, **_):
@@ -110,11 +163,18 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             best = getattr(state, "best_global_step", None)  # older transformers do not know it
             complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), self.keep, best)
-        self.last_save = time.monotonic()
-        if self.out_of_time:
+        self.last_save, self.saved_step = time.monotonic(), state.global_step
+        self.supervision.saved(state.global_step)
+        if self.interrupted and not self.out_of_time and self.supervision.in_job:
+            self.supervision.answer(self.interrupted, state.global_step)
+            self.interrupted = None
+        if self.out_of_time or self.interrupted:
             # not before the save: the Trainer would store it, and a resumed run would stop at once
             control.should_training_stop = True
         return control
+
+    def _rescue(self, frame: FrameType) -> str:
+        return "the last save stands"  # only the Trainer can make one, between two steps
 
 
 def from_rank_0(value):

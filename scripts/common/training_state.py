@@ -7,14 +7,17 @@ under another name, flushed to disk, and renamed: a kill at any instant leaves t
 Written by hand because `accelerate.save_state` writes in place and loads custom states unpickled.
 """
 
+import contextlib
+import functools
 import io
 import os
 import pickle
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
 from scripts.common.settings import to_json
 from scripts.common.step import log
+from scripts.common.supervision import CARRY_ON, Supervision, deadline
 
 KEEP = 2
 
@@ -69,7 +73,8 @@ class TrainingState:
         rank, ranks: this process and how many there are.
         barrier: waits for all processes; needed with several.
         save_minutes: time between saves.
-        budget_minutes: after this time `checkpoint` saves and raises `OutOfTime`.
+        budget_minutes: after this time, or at KILN_DEADLINE, `checkpoint` saves and raises `OutOfTime`.
+        stall_minutes: a training that makes no step in this time is ended; None: never. See `running`.
     """
 
     def __init__(
@@ -81,12 +86,17 @@ class TrainingState:
         barrier: Callable[[], None] = lambda: None,
         save_minutes: float = 10.0,
         budget_minutes: float | None = None,
+        stall_minutes: float | None = None,
     ):
         self.folder = root / fingerprint
         self.rank, self.ranks, self.barrier = rank, ranks, barrier
         self.save_seconds = save_minutes * 60
-        self.deadline = None if budget_minutes is None else time.monotonic() + budget_minutes * 60
+        self.deadline = deadline(budget_minutes)
         self.last_save = time.monotonic()
+        self.supervision = Supervision(self.folder, rank == 0, stall_minutes, self._rescue)
+        self.readers: Sequence[str] = ()
+        self.boundary = None  # the last completed step: (step, payload, random generators)
+        self.stepped = False  # whether an optimiser went on since
         self.lock = None
         if rank == 0:
             try:
@@ -124,33 +134,105 @@ class TrainingState:
         log.info("resumed from %s", newest)
         return payload
 
-    def checkpoint(self, step: int, payload: Callable[[], dict[str, Any]]) -> None:
-        """Save if a save is due; to be called by every process after each step.
+    @contextlib.contextmanager
+    def running(
+        self, steps: int | None, readers: Sequence[str] = ("torch.utils.data.dataloader",)
+    ) -> Iterator[None]:  # fmt: skip
+        """The block trains: it has a heartbeat, signals save, and a stall ends the process.
+
+        A process that trains alone and stalls while it waits for data is saved as it was after its last step, random
+        generators included. With several, none can save alone, and the last save stands.
+
+        Args:
+            steps: optimiser steps of the whole training, if known.
+            readers: modules in which the main thread waits for data.
+        """
+        self.readers = readers
+        found = self.saved()
+        hook = torch.optim.optimizer.register_optimizer_step_pre_hook(self._on_optimiser_step)
+        self.supervision.start(_step_of(found[-1]) if found else 0, steps)
+        try:
+            yield
+        finally:
+            self.supervision.stop()
+            hook.remove()
+            self.boundary = None
+
+    def paused(self, function: Callable) -> Callable:
+        """`function`, which may take as long as it likes: a validation, say."""
+
+        @functools.wraps(function)
+        def called(*arguments, **named):
+            with self.supervision.pause():
+                return function(*arguments, **named)
+
+        return called
+
+    def checkpoint(self, step: int, payload: Callable[[], dict[str, Any]], loss: float | None = None) -> None:
+        """Save if a save is due or a signal asks for it; to be called by every process after each step.
+
+        Args:
+            step: optimiser steps that are done.
+            payload: gives what a resumed run needs; tensors and plain values.
+            loss: for the heartbeat, if the training has the number at hand.
 
         Raises:
             OutOfTime: the budget is used up (after saving).
+            Interrupted: a signal asked for the end (after saving).
         """
+        if self.supervision.stall_seconds is not None and self.ranks == 1:
+            self.boundary, self.stepped = (step, payload, rng_state()), False
+        self.supervision.beat(step, loss)
         now = time.monotonic()
-        out_of_time = self._agree(self.deadline is not None and now > self.deadline)
-        if not out_of_time and not self._agree(now - self.last_save >= self.save_seconds):
+        out_of_time, due, asked = self._from_rank_0(
+            (
+                self.deadline is not None and now > self.deadline,
+                now - self.last_save >= self.save_seconds,
+                self.supervision.asked,
+            )
+        )
+        if not (out_of_time or due or asked):
             return
         self.save(step, payload())
         if out_of_time:
-            raise OutOfTime(
-                f"the time budget is used up; saved at step {step} in {self.folder}",
-                "run the same command again: it carries on from there",
-            )
+            raise OutOfTime(f"the time budget is used up; saved at step {step} in {self.folder}", CARRY_ON)
+        if asked:
+            self.supervision.answer(asked, step)
 
-    def _agree(self, mine: bool) -> bool:
-        """Rank 0's clock decides for all, so that no process saves alone."""
+    def _from_rank_0(self, mine: tuple) -> tuple:
+        """Rank 0's word decides for all, so that no process saves or ends alone."""
         if self.ranks == 1:
             return mine
-        flag = [mine]
-        torch.distributed.broadcast_object_list(flag, src=0)
-        return flag[0]
+        word = [mine]
+        torch.distributed.broadcast_object_list(word, src=0)
+        return word[0]
 
-    def save(self, step: int, payload: dict[str, Any]) -> None:
-        """Save the state after `step` steps; `payload` holds tensors and plain values (rank 0's counts)."""
+    def _on_optimiser_step(self, *_) -> None:
+        self.stepped = True
+
+    def _rescue(self, frame: FrameType) -> str:
+        """Save the last completed step of a training that hangs at `frame`, if nothing has changed since."""
+        stands = "the last save stands"
+        if self.ranks > 1:
+            return f"one of {self.ranks} processes cannot save alone; {stands}"
+        if self.boundary is None:
+            return f"there is nothing new to save; {stands}"
+        if self.stepped or not _within(frame, self.readers):
+            return f"in the midst of a step, whose state cannot be saved; {stands}"
+        step, payload, generators = self.boundary
+        try:
+            self.save(step, payload(), generators)
+        except KilnError as error:
+            return f"not saved ({error.message}); {stands}"
+        return f"waiting for data; saved at step {step}"
+
+    def save(self, step: int, payload: dict[str, Any], generators: dict[str, Any] | None = None) -> None:
+        """Save the state after `step` steps.
+
+        Args:
+            payload: tensors and plain values; rank 0's counts.
+            generators: of `rng_state`; None: as they are now.
+        """
         final = self.folder / f"step-{step:09d}"
         partial = final.with_suffix(".partial")
         earlier = [p.name for p in self.saved() if p.name.startswith(final.name)]
@@ -161,7 +243,7 @@ class TrainingState:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             self.barrier()
-            _save_synced(rng_state(), partial / f"rank-{self.rank}.pt")
+            _save_synced(generators or rng_state(), partial / f"rank-{self.rank}.pt")
             if self.rank == 0:
                 _save_synced(payload, partial / "shared.pt")
             self.barrier()
@@ -174,6 +256,7 @@ class TrainingState:
             raise explain_os_error(error, self.folder) from error
         self.barrier()
         self.last_save = time.monotonic()
+        self.supervision.saved(step)
 
     def remove(self) -> None:
         """Forget the state, once the outputs stand; states of earlier settings go too."""
@@ -187,6 +270,18 @@ class TrainingState:
         if self.lock is not None:
             self.lock.__exit__(None, None, None)
             self.lock = None
+
+
+def _step_of(state: Path) -> int:
+    return int(state.name.split("-")[1])
+
+
+def _within(frame: FrameType | None, modules: Sequence[str]) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") in modules:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _load(path: Path, device: str | torch.device) -> Any:

@@ -64,14 +64,14 @@ class Monitor:
             log.info("rFID while training: %d of %d pictures, all that split %s has", found, wanted, name)
         self.reference = self._statistics(lambda images: images)
 
-    def __call__(self, fit: Fit, writer: Tracker) -> None:
-        """Score and draw what is due after this step, into `writer` and the log."""
+    def __call__(self, fit: Fit, writer: Tracker, pause: Callable = contextlib.nullcontext) -> None:
+        """Score and draw what is due after this step, into `writer` and the log, and in a context of `pause`."""
         step, rfid, main = fit.at.step, self.rfid, self.accelerator.is_main_process
         sample = _due(step, self.sample_every)
         score = _due(step, rfid.every_n_steps) or (rfid.every_epoch and fit.at.batch == 0)
         if not (sample or score):
             return
-        with _unchanged():
+        with pause(), _unchanged():
             if score:
                 found = self._statistics(self._reconstruct)
                 if main:

@@ -180,6 +180,7 @@ class AutoencoderSettings(Settings):
     workers: int = execution(8, ge=0, description="processes that decode images")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
     sample_every: int = execution(
         2500, ge=0, description="optimiser steps between sheets of validation pictures beside reconstructions; 0 is off"

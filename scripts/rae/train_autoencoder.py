@@ -106,8 +106,12 @@ def train(fit: Fit, state: TrainingState, track: Path, monitor: Monitor) -> None
     writer = trackers.tracker(track, fit.values.tracker if main else "none", first_step=fit.at.step + 1)
 
     def after_step(fit: Fit) -> None:
-        monitor(fit, writer)  # before the save: a run that carries on from it has seen this step
-        state.checkpoint(fit.at.step, fit.state)
+        monitor(
+            fit, writer, state.supervision.pause
+        )  # before the save: a run that carries on from it has seen this step
+        at = fit.at
+        l1 = at.sums["l1"] / at.counts["l1"] if at.batch else at.history[-1]["l1"]  # a mean over the epoch so far
+        state.checkpoint(at.step, fit.state, l1)
 
     def after_epoch(fit: Fit) -> None:
         row = fit.at.history[-1]
@@ -118,7 +122,8 @@ def train(fit: Fit, state: TrainingState, track: Path, monitor: Monitor) -> None
             step.log.info("epoch %d/%d, step %d: %s", fit.at.epoch, fit.values.epochs, fit.at.step, line)
 
     try:
-        fit.run(after_step, after_epoch)
+        with state.running(fit.values.epochs * fit.steps_per_epoch):
+            fit.run(after_step, after_epoch)
     finally:
         writer.close()
 
@@ -173,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     state = TrainingState(
         args.state_folder, fingerprint(of_kind(values, "numerics"), hashes, record.code),
         accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
-        own.save_minutes, own.budget_minutes,
+        own.save_minutes, own.budget_minutes, own.stall_minutes,
     )  # fmt: skip
     try:
         train(fit, state, args.tracker_folder, monitor)

@@ -71,6 +71,7 @@ class ClassifierSettings(Settings):
     workers: int = execution(4, ge=0, description="processes that decode images")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
 
@@ -229,6 +230,7 @@ class SwiftTrainSettings(Settings):
     dataset_processes: int = execution(1, gt=0, description="processes that encode rows before training")
     logging_steps: int = execution(1, gt=0, description="optimiser steps between two lines of the log")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
+    stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
     tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
 
     @model_validator(mode="after")

@@ -24,7 +24,6 @@ from scripts.common import artefacts, plots, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
 from scripts.common.trainer_log import history
-from scripts.common.training_state import OutOfTime
 from scripts.vase.settings import SwiftTrainSettings, VlmSettings
 from scripts.vase.swift_flags import image_tokens, with_extra
 
@@ -134,7 +133,7 @@ def run(
         section: of the configuration, for hints.
 
     Raises:
-        OutOfTime: the time budget is used up; the state is saved.
+        OutOfTime, Interrupted: the time is used up, or a signal came; the state is saved.
         KilnError: see `explained`.
     """
     import swift  # slow, and it reads the environment
@@ -150,7 +149,7 @@ def run(
         step.log.info("resumed from %s", resumed)
     if resumed and step_of(resumed) == _max_steps(resumed):
         return artefacts.read_json(resumed / "trainer_state.json")
-    keeper = WholeCheckpoints(values.save_total_limit, None, values.budget_minutes)
+    keeper = WholeCheckpoints(values.save_total_limit, None, values.budget_minutes, values.stall_minutes)
     shown = values.tracker if rank() == 0 else "none"
     writer = trackers.tracker(tracker_folder, shown, step_of(resumed) + 1 if resumed else 0)
     swift_template.take_image_tokens_from_tokenizer()
@@ -159,16 +158,11 @@ def run(
     arguments = with_extra(flags, values.extra_args, section)
     if rank() == 0:
         step.log.info("ms-swift: %s", " ".join(arguments))
-    with contextlib.closing(writer), explained(section, folder):
+    with contextlib.closing(writer), keeper.running(folder), explained(section, folder):
         (swift.sft_main if kind == "sft" else swift.rlhf_main)(arguments)
     last = from_rank_0(newest_complete(folder) if rank() == 0 else None)
     if last is None:
         raise KilnError(f"{folder}: ms-swift ended without a checkpoint", "read the log above")
-    if keeper.out_of_time:
-        raise OutOfTime(
-            f"the time budget is used up; saved at step {step_of(last)} in {folder}",
-            "run the same command again: it carries on from there",
-        )
     return artefacts.read_json(last / "trainer_state.json")
 
 

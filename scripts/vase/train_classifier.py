@@ -64,7 +64,9 @@ def train(
     writer = trackers.tracker(track, values.tracker if main else "none", first_step=fit.at.epoch)
 
     def after_step(fit: Fit) -> None:
-        state.checkpoint(fit.at.step, fit.state)
+        at = fit.at
+        loss = at.loss_sum / at.seen if at.seen else at.history[-1]["train_loss"]  # a mean over the epoch so far
+        state.checkpoint(at.step, fit.state, loss)
 
     def after_epoch(fit: Fit) -> None:
         row = fit.at.history[-1]
@@ -76,8 +78,11 @@ def train(
         if not np.isfinite(row["train_loss"]):
             raise KilnError(f"loss is {row['train_loss']} in epoch {fit.at.epoch}", "lower vase.classifier.lr")
 
+    fit.evaluate = state.paused(fit.evaluate)
+    steps = values.epochs * max(1, len(fit.data) // values.batch_size)
     try:
-        fit.run(after_step, after_epoch)
+        with state.running(steps):
+            fit.run(after_step, after_epoch)
     finally:
         writer.close()
     return fit
@@ -157,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     state = TrainingState(
         args.state_folder, fingerprint(of_kind(values, "numerics"), hashes, record.code),
         accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
-        values.save_minutes, values.budget_minutes,
+        values.save_minutes, values.budget_minutes, values.stall_minutes,
     )  # fmt: skip
     try:
         fit = train(values, sides, args.weights, accelerator, state, args.tracker_folder)
