@@ -43,12 +43,12 @@ test-cluster: install ## the tests on a Slurm cluster, which is made for them an
 	tests/slurm/install.sh
 	tests/slurm/with_cluster.sh $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m cluster --durations 20
 
-test-conda: install $(CONDA) ## the tests that make every conda environment and run rules in them (10 GB of wheels)
+test-conda: $(CONDA) ## the tests that make every conda environment and run rules in them (10 GB of wheels)
 	-tests/slurm/install.sh
 	KILN_CONDA=1 $(BIN)/python -m pytest -m conda tests/test_conda.py --durations 20
 
 # The conda of these tests (tests/conda) has packages of its own, and hands out the Python that it runs on.
-$(CONDA): tests/conda/requirements.txt tests/conda/channel.py
+$(CONDA): tests/conda/requirements.txt tests/conda/channel.py | $(INSTALLED)
 	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-conda
 	$(BIN)/uv pip install --quiet --python .venv-conda/bin/python --requirement tests/conda/requirements.txt
 	.venv-conda/bin/python tests/conda/channel.py .venv-conda/channel
@@ -87,5 +87,5 @@ dvc: install ## DVC, which benchmarks compare with, in .venv-dvc: it needs older
 clean-demo: ## remove results/demo
 	rm -rf results/demo
 
-clean-env: ## remove .venv
-	rm -rf $(VENV)
+clean-env: ## remove .venv and .venv-conda
+	rm -rf $(VENV) .venv-conda

@@ -7,6 +7,7 @@ all else is installed from the package index. That the few conda packages solve 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -246,6 +247,7 @@ def prepare(place: Place) -> str:
 
 
 def place_at(file: Path, folder: Path) -> None:
+    """Move a file into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     file.rename(folder / file.name)
 
@@ -317,9 +319,11 @@ def on_cluster(place, witnessed) -> Iterator[subprocess.Popen | None]:
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            process_group=0,
         )
     yield process
-    process.kill()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_rule_runs_in_its_environment_as_a_slurm_job(place, environments, witnessed, on_cluster):
