@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements.lock
 INSTALLED := $(VENV)/installed
+CONDA := .venv-conda/installed
 CORES ?= all
 TEST_PROCESSES ?= 2
 RESULTS ?= results
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo status
+.PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo status test-conda
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +43,17 @@ test-long: install ## the tests of a quarter of an hour and more, which `make te
 test-cluster: install ## the tests on a Slurm cluster, which is made for them and taken down (root, Debian packages)
 	tests/slurm/install.sh
 	tests/slurm/with_cluster.sh $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m cluster --durations 20
+
+test-conda: $(CONDA) ## the tests that make every conda environment and run rules in them (10 GB of wheels)
+	-tests/slurm/install.sh
+	KILN_CONDA=1 $(BIN)/python -m pytest -m conda tests/test_conda.py --durations 20
+
+# The conda of these tests (tests/conda) has packages of its own, and hands out the Python that it runs on.
+$(CONDA): tests/conda/requirements.txt tests/conda/channel.py | $(INSTALLED)
+	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-conda
+	$(BIN)/uv pip install --quiet --python .venv-conda/bin/python --requirement tests/conda/requirements.txt
+	.venv-conda/bin/python tests/conda/channel.py .venv-conda/channel
+	@touch $@
 
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .
@@ -82,5 +94,5 @@ dvc: install ## DVC, which benchmarks compare with, in .venv-dvc: it needs older
 clean-demo: ## remove results/demo
 	rm -rf results/demo
 
-clean-env: ## remove .venv
-	rm -rf $(VENV)
+clean-env: ## remove .venv and .venv-conda
+	rm -rf $(VENV) .venv-conda

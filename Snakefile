@@ -12,6 +12,11 @@ min_version("9.27")
 
 
 include: "rules/common.smk"
+
+
+container: f"{ROOT}/containers/kiln.sif"  # with --sdm apptainer alone
+
+
 include: "rules/retrieve.smk"
 include: "rules/demo.smk"
 include: "rules/vase.smk"

@@ -70,12 +70,16 @@ def pytest_collection_modifyitems(config, items):
             own = 0
         minutes[item.path] = minutes.get(item.path, 0) + own
     items.sort(key=lambda item: -minutes[item.path])
-    marked = {name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "realdata")}
+    marked = {
+        name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "conda", "realdata")
+    }
     reasons = {}
     if marked["gpu"] and not _has_gpu():
         reasons["gpu"] = "torch sees no GPU"
     if "KILN_CLUSTER" not in os.environ:
         reasons["cluster"] = "runs on the test cluster: make test-cluster"
+    if "KILN_CONDA" not in os.environ:
+        reasons["conda"] = "makes every conda environment: make test-conda"
     if marked["realdata"] and not real_images().is_dir():
         reasons["realdata"] = f"NO REAL IMAGES in {real_images()}: set KILN_REALDATA to their folder"
         warnings.warn(pytest.PytestWarning(reasons["realdata"]), stacklevel=1)

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from vase_fixtures import ROOT, error_of, picture
+from vase_fixtures import ROOT, TECHNIQUES, error_of, technique_rows
 
 from scripts.common import tiny_vlm
 
 pytestmark = pytest.mark.slow
-ANSWERS = ("black-figure", "red-figure")
-TINTS = ((40, 35, 30), (200, 110, 50))
 TRAIN = {
     "batch_size": 4, "accumulation": 1, "max_steps": 6, "lr": 1e-3, "workers": 0, "dataset_processes": 1,
     "gradient_checkpointing": False, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "logging_steps": 1,
@@ -29,28 +27,14 @@ GRPO |= {"eval_steps": 100, "lr": 1e-3}
 REWARD = {"format": "plain"}
 
 
-def write_rows(root: Path, name: str, count: int, answered: bool) -> None:
-    """`count` pictures below root/images whose colour tells the technique, and their rows root/<name>.jsonl."""
-    lines = []
-    for number in range(count):
-        which = number % 2
-        image = f"{name}_{number}.jpg"
-        picture(root / "images" / image, number + 1000 * len(name), 96, tint=TINTS[which])
-        messages = [{"role": "user", "content": "<image>What technique?"}]
-        messages += [{"role": "assistant", "content": ANSWERS[which]}] if answered else []
-        row = {"id": image, "vase": image, "dimension": "technique", "messages": messages, "images": [image]}
-        lines.append(json.dumps({**row, "reference": ANSWERS[which], "facts": ""}))
-    (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A folder with a tiny base, and rows of 20 training and 6 validation pictures for SFT and GRPO."""
     root = tmp_path_factory.mktemp("vase training")
-    tiny_vlm.build(root / "base", ["What technique?", *ANSWERS] * 3, image_side=56)
+    tiny_vlm.build(root / "base", ["What technique?", *TECHNIQUES] * 3, image_side=56)
     for kind, answered in (("sft", True), ("grpo", False)):
-        write_rows(root, f"{kind}_train", 20, answered)
-        write_rows(root, f"{kind}_validation", 6, answered)
+        technique_rows(root, f"{kind}_train", 20, answered)
+        technique_rows(root, f"{kind}_validation", 6, answered)
     return root
 
 

@@ -15,6 +15,8 @@ from scripts.demo import draw_vases
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEW = "{vase}_{view}_ac001001.jpg"
+TECHNIQUES = ("black-figure", "red-figure")
+TECHNIQUE_TINTS = ((40, 35, 30), (200, 110, 50))
 
 
 def picture(path: Path, seed: int, size: int = 32, tint: tuple[int, int, int] | None = None, **save) -> Path:
@@ -97,3 +99,17 @@ def draw(folder: Path, seed: int = 3, vases: int = 16) -> Path:
     arguments = ["--output-folder", str(folder), "--meta", str(meta), "--settings", json.dumps(settings)]
     draw_vases.main([*arguments, "--threads", "1"])
     return folder
+
+
+def technique_rows(root: Path, name: str, count: int, answered: bool) -> None:
+    """`count` pictures below root/images whose colour tells the technique, and their rows root/<name>.jsonl."""
+    lines = []
+    for number in range(count):
+        which = number % 2
+        image = f"{name}_{number}.jpg"
+        picture(root / "images" / image, number + 1000 * len(name), 96, tint=TECHNIQUE_TINTS[which])
+        messages = [{"role": "user", "content": "<image>What technique?"}]
+        messages += [{"role": "assistant", "content": TECHNIQUES[which]}] if answered else []
+        row = {"id": image, "vase": image, "dimension": "technique", "messages": messages, "images": [image]}
+        lines.append(json.dumps({**row, "reference": TECHNIQUES[which], "facts": ""}))
+    (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
