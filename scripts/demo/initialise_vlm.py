@@ -70,7 +70,7 @@ def config(values: PublishedVlmSettings) -> Qwen2_5_VLConfig:
 
 
 def build(values: PublishedVlmSettings, dtype: torch.dtype = torch.bfloat16) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with random weights, on torch's default device; torch's generator and default dtype stay as they were."""
+    """The model with random weights, on torch's default device; torch's global state stays as it was."""
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(values.seed)
@@ -84,12 +84,12 @@ def build(values: PublishedVlmSettings, dtype: torch.dtype = torch.bfloat16) -> 
 def tokenizer(values: PublishedVlmSettings) -> Qwen2Tokenizer:
     """A tokenizer whose special tokens have the numbers that `config` gives them."""
     words = DemoVlmSettings()
-    most = (values.vocabulary - SPARE) // 2
-    learnt = tiny_vlm.make_tokenizer([*words.texts, *words.words], most)
+    learnt = tiny_vlm.make_tokenizer([*words.texts, *words.words], (values.vocabulary - SPARE) // 2)
     model = json.loads(learnt.backend_tokenizer.to_str())["model"]
     vocabulary = {word: number for word, number in model["vocab"].items() if word not in tiny_vlm.SPECIAL}
-    for number in range(len(vocabulary), values.vocabulary - SPARE):
-        vocabulary[f"unused{number}"] = number
+    first = values.vocabulary - SPARE
+    vocabulary |= {f"unused{number}": number for number in range(len(vocabulary), first)}
+    vocabulary |= {name: first + i for i, name in enumerate(tiny_vlm.SPECIAL)}  # else numbered as they come below
     return Qwen2Tokenizer(
         vocab=vocabulary,
         merges=[tuple(pair) for pair in model["merges"]],
