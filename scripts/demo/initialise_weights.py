@@ -24,6 +24,7 @@ def build(name: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = torchvision.models.vgg16(weights=None) if name == "vgg16" else _inception()
+        torch.manual_seed(seed)  # whatever its own start has drawn
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
