@@ -7,10 +7,7 @@ INSTALLED := $(VENV)/installed
 CONDA := .venv-conda/installed
 CORES ?= all
 TEST_PROCESSES ?= 2
-RESULTS ?= results
-DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
-
-.PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo status test-conda
+RESULTS ?= results DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES) .PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo status test-conda PIPELINES vase busi rae coca biomedica smoke
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +30,9 @@ demo: install ## all five pipelines on embedded data; ends with the headline num
 	@echo
 	@$(BIN)/python -m scripts.report.headlines results/demo/summary.json
 	@echo "report: results/demo/report.html"
+
+smoke: install ## all five pipelines at their published sizes, 5 steps each, random weights (one GPU); `make smoke PIPELINES=rae`
+	$(BIN)/snakemake --configfile config/smoke.yaml --cores $(CORES) $(PIPELINES)
 
 test: install ## all tests that this machine can run, but for `make test-long`
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 20

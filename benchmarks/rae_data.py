@@ -2,17 +2,16 @@
 in the real layouts."""
 
 import functools
-import unittest.mock
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch_fidelity import feature_extractor_inceptionv3
 from torchvision.models.vgg import cfgs, make_layers
 from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from benchmarks import pictures
+from scripts.demo import initialise_weights
 from scripts.rae import checkpoints
 from scripts.rae.decoder import Decoder, Size
 from scripts.rae.discriminator import RECIPES
@@ -69,15 +68,7 @@ def write_dino(path: Path, recipe: str = "S_8") -> None:
 
 def write_inception(path: Path) -> None:
     """torch-fidelity's Inception; with the default start all its features would be alike."""
-    module, own = feature_extractor_inceptionv3, feature_extractor_inceptionv3.FeatureExtractorInceptionV3
-    with (
-        unittest.mock.patch.object(module, "load_state_dict_from_url", lambda *_, **__: {}),
-        unittest.mock.patch.object(own, "load_state_dict", lambda *_, **__: None),
-    ):
-        model = own("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    _he_normal(model)
-    torch.save(model.state_dict(), path)
+    torch.save(initialise_weights.build("inception", 0).state_dict(), path)
 
 
 def write_checkpoint(path: Path, encoder_folder: Path, input_size: int, image_size: int, size: Size) -> None:

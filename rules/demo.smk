@@ -13,6 +13,10 @@ OUTPUTS:
     {results}/demo/draw_figures/      local/*.tar and hub/: figures with captions in shards, truth.parquet
     {results}/demo/serve_hub/         address of a small hub on this machine, one for each job that reads from it
     {results}/demo/initialise_encoder/{encoder}/   a small DINOv2 and SigLIP2 with random weights
+and, for config/smoke.yaml, published architectures with random weights:
+    {results}/demo/initialise_vlm/    a Qwen2.5-VL
+    {results}/demo/initialise_clip/   a CLIP that open_clip loads as local-dir:
+    {results}/demo/initialise_weights/{name}.pth   VGG16 and Inception
 
 Drawing is a checkpoint: which files there are is known, and sharded, only when it is done.
 """
@@ -291,6 +295,99 @@ rule demo_initialise_encoder:
         "{params.step} scripts.demo.initialise_encoder"
         " --name {wildcards.encoder}"
         " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_initialise_vlm:
+    output:
+        listing=f"{DEMO}/initialise_vlm/files.json",
+        meta=f"{DEMO}/initialise_vlm/meta.json",
+    log:
+        f"{LOGS}/demo/initialise_vlm.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/initialise_vlm.tsv"
+    conda:
+        "../envs/vlm.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.published.vlm"),
+        code=code_key("scripts.demo.initialise_vlm"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Initialise a Qwen2.5-VL of a published size"
+    shell:
+        "{params.step} scripts.demo.initialise_vlm"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_initialise_clip:
+    output:
+        config=f"{DEMO}/initialise_clip/open_clip_config.json",
+        weights=f"{DEMO}/initialise_clip/open_clip_model.safetensors",
+        meta=f"{DEMO}/initialise_clip/meta.json",
+    log:
+        f"{LOGS}/demo/initialise_clip.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/initialise_clip.tsv"
+    conda:
+        "../envs/clip.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.published.clip"),
+        code=code_key("scripts.demo.initialise_clip"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Initialise a CLIP of a published size"
+    shell:
+        "{params.step} scripts.demo.initialise_clip"
+        " --output-folder {params.folder:q}"
+        " --settings {params.settings:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule demo_initialise_weights:
+    output:
+        weights=f"{DEMO}/initialise_weights/{{name}}.pth",
+        meta=f"{DEMO}/initialise_weights/{{name}}.meta.json",
+    log:
+        f"{LOGS}/demo/initialise_weights/{{name}}.log",
+    benchmark:
+        f"{BENCHMARKS}/demo/initialise_weights/{{name}}.tsv"
+    wildcard_constraints:
+        name="vgg16|inception",
+    conda:
+        "../envs/rae.yaml"
+    threads: class_threads("cpu")
+    resources:
+        **class_resources("cpu"),
+    params:
+        step=outside(STEP),
+        settings=numerics("demo.published.weights"),
+        code=code_key("scripts.demo.initialise_weights"),
+    message:
+        "Initialise {wildcards.name}"
+    shell:
+        "{params.step} scripts.demo.initialise_weights"
+        " --name {wildcards.name}"
+        " --output {output.weights:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
         " --threads {threads}"

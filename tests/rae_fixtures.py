@@ -1,14 +1,12 @@
 """What the tests of the rae steps share: a stamp-sized data set, tiny encoders in the real classes, their training."""
 
 import json
-import unittest.mock
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from torch_fidelity import feature_extractor_inceptionv3
 from transformers import (
     BitImageProcessor,
     Dinov2WithRegistersConfig,
@@ -18,6 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from scripts.demo import initialise_weights
 from scripts.rae import (
     build_arrow,
     checkpoints,
@@ -144,18 +143,8 @@ def scored(data: Path, name: str, folder: Path, out: Path, **changes) -> dict:
 
 
 def inception_weights(path: Path) -> Path:
-    """Random weights in the layout of torch-fidelity's file; He-normal, as default ones make all features alike."""
-    own = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
-    with (
-        unittest.mock.patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {}),
-        unittest.mock.patch.object(own, "load_state_dict", lambda *_, **__: None),
-    ):
-        model = own("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.save(model.state_dict(), path)
+    """Random weights in the layout of torch-fidelity's file."""
+    torch.save(initialise_weights.build("inception", 0).state_dict(), path)
     return path
 
 

@@ -169,6 +169,44 @@ class DemoEncodersSettings(Settings):
     siglip2: EncoderModelSettings = EncoderModelSettings(input_size=64, patch=8)
 
 
+class PublishedVlmSettings(Settings):
+    """A Qwen2.5-VL with random weights; the defaults are the published 7B's shapes."""
+
+    seed: int = Field(0, ge=0)
+    hidden: int = Field(3584, gt=0, description="width of the language model; a multiple of heads")
+    layers: int = Field(28, gt=0, description="of the language model; fewer of the same width take less time and disk")
+    heads: int = Field(28, gt=0)
+    kv_heads: int = Field(4, gt=0)
+    mlp: int = Field(18944, gt=0)
+    vocabulary: int = Field(152064, ge=1000, description="rows of the embedding; words that no text has fill them up")
+    tied: bool = Field(False, description="the head has the embedding's weights")
+    vision_hidden: int = Field(1280, gt=0, description="width of the vision encoder; a multiple of vision_heads")
+    vision_depth: int = Field(32, gt=0)
+    vision_heads: int = Field(16, gt=0)
+    vision_mlp: int = Field(3420, gt=0)
+
+
+class PublishedClipSettings(Settings):
+    """One of open_clip's models with random weights; the default is OpenAI's ViT-B/32."""
+
+    seed: int = Field(0, ge=0)
+    name: str = "ViT-B-32-quickgelu"
+
+
+class PublishedWeightsSettings(Settings):
+    """VGG16 and Inception with random weights."""
+
+    seed: int = Field(0, ge=0)
+
+
+class PublishedSettings(Settings):
+    """Published architectures with random weights, for config/smoke.yaml."""
+
+    vlm: PublishedVlmSettings = PublishedVlmSettings()
+    clip: PublishedClipSettings = PublishedClipSettings()
+    weights: PublishedWeightsSettings = PublishedWeightsSettings()
+
+
 class DemoSettings(Settings):
     """The embedded demo."""
 
@@ -180,3 +218,4 @@ class DemoSettings(Settings):
     slides: SlidesSettings = SlidesSettings()
     figures: FiguresSettings = FiguresSettings()
     encoders: DemoEncodersSettings = DemoEncodersSettings()
+    published: PublishedSettings = PublishedSettings()
