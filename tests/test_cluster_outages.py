@@ -1,4 +1,4 @@
-"""Faults that all jobs of a cluster feel: run these alone on it (`with_cluster.sh pytest tests/test_cluster_outages.py`)."""
+"""Faults that every job of a cluster feels: to be run on a cluster of their own."""
 
 import os
 import signal
