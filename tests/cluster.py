@@ -33,9 +33,12 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def start(place: Path, *arguments: str, log: Path | None = None) -> subprocess.Popen:
-    """Start `snakemake --profile slurm` in a checkout; its output goes to `log` (default: snakemake.log there)."""
-    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
+def start(place: Path, *arguments: str, log: Path | None = None, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start `snakemake --profile slurm` in a checkout; its output goes to `log` (default: snakemake.log there).
+
+    `before` is a command that takes this one as its last arguments, and runs it.
+    """
+    command = [*before, sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
     with (log or place / "snakemake.log").open("a") as handle:
         return subprocess.Popen(
             command, cwd=place, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0

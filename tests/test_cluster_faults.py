@@ -1,0 +1,142 @@
+"""What befalls jobs on a cluster, each fault for real: the training carries on, and its results are the same bytes."""
+
+import subprocess
+from pathlib import Path
+
+import cluster
+import pytest
+from cluster_training import (
+    FOLDER,
+    SECONDS,
+    STATE,
+    TARGET,
+    check,
+    complete,
+    controlled,
+    copy,
+    end,
+    facts,
+    fill,
+    log,
+    made,
+    prepare,
+    saved,
+)
+from workflow import edit
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+BALLAST = """time.sleep(0.2)
+        if step == 20:
+            global _ballast
+            _ballast = b"x" * 2_000_000_000"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+def test_a_cancelled_job_carries_on(prepared, tmp_path):
+    place = copy(prepared, tmp_path)
+    with controlled(place) as snakemake:
+        job = saved(place)
+        cluster.ask("scancel", job.id)
+        complete(place, snakemake)
+    first, second = check(prepared, place)
+    assert first == job.id != second
+
+
+def test_a_job_at_its_time_limit_carries_on_and_gets_more(prepared, tmp_path):
+    """The limit is brought forward, so that Slurm and not the training's own budget ends the job."""
+    place = copy(prepared, tmp_path)
+    edit(place / "scripts/common/training_state.py", "time.sleep(0.2)", "time.sleep(0.2 if step > 50 else 1)")
+    with controlled(place) as snakemake:
+        job = saved(place, 3)
+        cluster.ask("scontrol", "update", f"jobid={job.id}", "endtime=now")
+        cluster.until(lambda: facts(job.id, "%T") == "TIMEOUT", SECONDS, "the time limit")
+        edit(place / "scripts/common/training_state.py", "step > 50 else 1", "True else 1")
+        complete(place, snakemake)
+    first, second = check(prepared, place)
+    assert first == job.id
+    assert facts(second, "%l") == "4:00"
+
+
+def test_a_job_over_its_memory_carries_on_with_more(prepared, tmp_path):
+    place = copy(prepared, tmp_path)
+    edit(place / "scripts/common/training_state.py", "time.sleep(0.2)", BALLAST)
+    with controlled(place) as snakemake:
+        complete(place, snakemake)
+    first, second = check(prepared, place)
+    assert max(step.number for step in made(place) if step.job == first) in range(20, 35)
+    assert facts(first, "%T") in ("FAILED", "OUT_OF_MEMORY")
+    memory = [int(facts(job, "%m").removesuffix("M")) for job in (first, second)]
+    assert memory[0] < 3500 < memory[1]
+
+
+def test_a_requeued_job_carries_on(prepared, tmp_path):
+    place = copy(prepared, tmp_path)
+    with controlled(place) as snakemake:
+        job = saved(place)
+        cluster.ask("scontrol", "requeue", job.id)
+        complete(place, snakemake)
+    assert check(prepared, place) == [job.id, job.id]
+
+
+def test_a_preempted_job_is_requeued_and_carries_on(prepared, tmp_path):
+    place = copy(prepared, tmp_path)
+    with controlled(place, "--set-resources", "rae_train_autoencoder:slurm_partition=preempt") as snakemake:
+        job = saved(place)
+        idle = int(cluster.ask("sinfo", "--noheader", "--nodes", job.node, "--format", "%C").split("/")[1])
+        cluster.ask("sbatch", "--partition=cpu", f"--nodelist={job.node}", f"--cpus-per-task={idle + 1}", "--mem=10",
+                    "--output=/dev/null", "--wrap=sleep 3")  # fmt: skip
+        complete(place, snakemake)
+    jobs = check(prepared, place, redone=30)
+    assert jobs == [job.id, job.id]
+
+
+def test_a_full_disk_is_named_and_once_there_is_room_the_same_command_carries_on(prepared, tmp_path):
+    place = copy(prepared, tmp_path)
+    (place / "results").rename(place / "copied")
+    (place / "results").mkdir()
+    cluster.ask("mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(place / "results"))
+    try:
+        cluster.ask("cp", "--archive", f"{place}/copied/.", str(place / "results"))
+        with controlled(place, "--retries", "0") as snakemake:
+            job = saved(place)
+            filler = fill(place / "results")
+            assert end(place, snakemake) != 0
+        messages = [p.read_text() for p in (place / ".snakemake/slurm_logs").rglob(f"{job.id}.log")]
+        assert any("the disk is full (0 MB free)" in text and "Hint: free space" in text for text in messages), messages
+        assert not list((place / FOLDER).glob("*")) and not list((place / STATE).rglob("*.partial"))
+        assert len(list((place / STATE).glob("*/step-*"))) in (1, 2)
+        filler.unlink()
+        with controlled(place) as snakemake:
+            complete(place, snakemake)
+        first, second = check(prepared, place)
+        assert first == job.id != second
+    finally:
+        cluster.ask("umount", "--lazy", str(place / "results"))
+
+
+def show_late(place: Path, view: Path) -> None:
+    """Let `view` hold what `place` holds, as links."""
+    cluster.ask("cp", "--archive", "--link", "--no-clobber", f"{place}/.", str(view))
+
+
+def test_files_that_the_login_node_sees_late_are_waited_for(prepared, tmp_path):
+    """Snakemake has a view of the results that lags, as a network disk's does; the jobs have the disk itself."""
+    place = copy(prepared, tmp_path)
+    edit(place / "slurm/config.yaml", "latency-wait: 5", "latency-wait: 30")
+    view = tmp_path / "view"
+    show_late(place / "results", view)
+    before = ("unshare", "--mount", "sh", "-c", 'mount --bind "$1" "$2" && shift 2 && cd . && exec "$@"', "sh")
+    with controlled(place, before=(*before, str(view), str(place / "results"))) as snakemake:
+        cluster.until(lambda: "Waiting at most 30 seconds for missing files" in log(place), SECONDS, "a missing file")
+        assert (place / TARGET).exists() and not (view / FOLDER).exists()
+        with pytest.raises(subprocess.TimeoutExpired):
+            snakemake.wait(5)
+        show_late(place / "results", view)
+        complete(place, snakemake)
+    (job,) = check(prepared, place, runs=1, redone=0)
+    assert facts(job, "%T") == "COMPLETED"
+    assert (view / TARGET).samefile(place / TARGET)
