@@ -7,7 +7,11 @@ INSTALLED := $(VENV)/installed
 CONDA := .venv-conda/installed
 CORES ?= all
 TEST_PROCESSES ?= 2
-RESULTS ?= results DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES) .PHONY: help install demo test test-long test-cluster adopt lint format config dag doctor lock dvc clean-env clean-demo status test-conda PIPELINES vase busi rae coca biomedica smoke
+RESULTS ?= results
+PIPELINES ?= vase busi rae coca biomedica
+DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
+
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status adopt doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
