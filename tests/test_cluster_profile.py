@@ -32,7 +32,9 @@ def submitted(place: Path) -> list[tuple[str, int]]:
     return [(state, int(memory.rstrip("M"))) for folder, state, memory in rows if Path(folder) == place]
 
 
-def both(base: Path, target: str, arguments: Sequence[str] = (), settings: dict | None = None) -> tuple[Path, Path, str]:
+def both(
+    base: Path, target: str, arguments: Sequence[str] = (), settings: dict | None = None
+) -> tuple[Path, Path, str]:
     """Build a target locally, then from a fresh checkout on the cluster; the two folders and what the latter said."""
     place, local = cluster.checkout(base / "checkout"), base / "local"
     for folder in (place, local):
