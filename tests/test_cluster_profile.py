@@ -19,10 +19,8 @@ FAILS_ONCE = "test -e failed || {{ touch failed; exit 3; }}; "
 
 def hashes(results: Path) -> dict[str, dict[str, str]]:
     """{record: {output: sha256}} of all that a run made."""
-    return {
-        str(path.relative_to(results)): {name: one["sha256"] for name, one in json.loads(path.read_text())["outputs"].items()}
-        for path in results.rglob("*meta.json")
-    }  # fmt: skip
+    records = {str(path.relative_to(results)): json.loads(path.read_text()) for path in results.rglob("*meta.json")}
+    return {path: {name: one["sha256"] for name, one in record["outputs"].items()} for path, record in records.items()}
 
 
 def submitted(place: Path) -> list[tuple[str, int]]:
@@ -32,7 +30,9 @@ def submitted(place: Path) -> list[tuple[str, int]]:
     return [(state, int(memory.rstrip("M"))) for folder, state, memory in rows if Path(folder) == place]
 
 
-def both(base: Path, target: str, arguments: Sequence[str] = (), settings: dict | None = None) -> tuple[Path, Path, str]:
+def both(
+    base: Path, target: str, arguments: Sequence[str] = (), settings: dict | None = None
+) -> tuple[Path, Path, str]:
     """Build a target locally, then from a fresh checkout on the cluster; the two folders and what the latter said."""
     place, local = cluster.checkout(base / "checkout"), base / "local"
     for folder in (place, local):
