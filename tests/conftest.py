@@ -30,7 +30,7 @@ def real_images() -> Path:
 
 @pytest.fixture(scope="session")
 def offline() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a command without network (tests/offline.sh); options are those of subprocess.run. Skips where none can be."""
+    """Runs a command without network (tests/offline.sh), with the options of subprocess.run. Skips where it cannot."""
 
     def run(*command: str, **options) -> subprocess.CompletedProcess:
         options = {"capture_output": True, "text": True, "timeout": 300, **options}

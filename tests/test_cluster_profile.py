@@ -19,10 +19,8 @@ FAILS_ONCE = "test -e failed || {{ touch failed; exit 3; }}; "
 
 def hashes(results: Path) -> dict[str, dict[str, str]]:
     """{record: {output: sha256}} of all that a run made."""
-    return {
-        str(path.relative_to(results)): {name: one["sha256"] for name, one in json.loads(path.read_text())["outputs"].items()}
-        for path in results.rglob("*meta.json")
-    }  # fmt: skip
+    records = {str(path.relative_to(results)): json.loads(path.read_text()) for path in results.rglob("*meta.json")}
+    return {path: {name: one["sha256"] for name, one in record["outputs"].items()} for path, record in records.items()}
 
 
 def submitted(place: Path) -> list[tuple[str, int]]:

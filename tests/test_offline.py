@@ -14,7 +14,8 @@ try:
     out = "connected"
 except OSError as error:
     out = os.strerror(error.errno)
-print(json.dumps({"names": [name for _, name in socket.if_nameindex()], "out": out, "net": os.readlink("/proc/self/ns/net")}))
+names = [name for _, name in socket.if_nameindex()]
+print(json.dumps({"names": names, "out": out, "net": os.readlink("/proc/self/ns/net")}))
 """
 
 
