@@ -92,6 +92,12 @@ def test_jobs_of_a_killed_controller_are_adopted(place, tmp_path):
     cluster.run(place, LISTED)
     assert submitted(place) == ["demo_draw_vases", "vase_list_labelled"]
 
+    assert workflow.planned(place, place, LISTED) == {}
+    other = yaml.safe_dump({"demo": {"draw": {"seed": 1}}})
+    (tmp_path / "other.yaml").write_text(other)
+    changed = workflow.planned(place, place, LISTED, "--configfile", str(tmp_path / "other.yaml"))
+    assert changed["demo_draw_vases"] == 1  # so Snakemake knows what made the adopted results
+
     undisturbed = tmp_path / "undisturbed"
     (undisturbed / "config").mkdir(parents=True)
     (undisturbed / "go").touch()
