@@ -293,9 +293,27 @@ def guard_cluster():
         cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
 
 
+def made_as_now(job):
+    """Whether the record beside a job's results names its code and settings as they are now."""
+    if "meta" not in job.output.keys() or not Path(job.output.meta).is_file():
+        return False
+    made = json.loads(Path(job.output.meta).read_text())
+    asked = json.loads(job.params.get("settings") or "{}")
+    return (made["code"], made["settings"]) == (job.params.get("code"), asked)
+
+
+def record_finished():
+    """Have Snakemake record the jobs that ended well without a controller, so that later changes rerun them."""
+    for job in workflow.dag.jobs:
+        if job.output and not workflow.dag.needrun(job) and not workflow.persistence.has_metadata(job):
+            if made_as_now(job):
+                workflow.async_run(workflow.persistence.finished(job))
+
+
 onstart:
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
+        record_finished()
     write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
 
 

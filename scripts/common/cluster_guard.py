@@ -43,17 +43,17 @@ def refuse_leftovers(directory: Path, started_in: Path) -> None:
         )
 
 
-def check_profile(account: str | None, partitions: Iterable[str], where: Path | str = PROFILE) -> None:
+def check_profile(account: str | int | None, partitions: Iterable[str], where: Path | str = PROFILE) -> None:
     """Stop if Slurm knows not `account`, or not one of `partitions`; a comma in the account parts several.
 
     Raises:
         KilnError: the value is wrong; what there is instead is named.
     """
-    named = [name for name in (account or "").replace(",", " ").split() if name]
+    named = str(account or "").replace(",", " ").split()
     known = slurm.accounts(getpass.getuser()) if named else []
     for name in named:
-        # Where associations are not enforced, sbatch takes any account, but Snakemake asks sacctmgr.
-        if slurm.refused(name, None) == "account" or (known and name.lower() not in map(str.lower, known)):
+        # sacctmgr first, as Snakemake: where accounts are not enforced, sbatch takes any name.
+        if name.lower() not in map(str.lower, known) if known else slurm.refused(name, None) == "account":
             raise KilnError(
                 f"slurm_account = {name}: Slurm knows no such account of yours",
                 f"set `slurm_account` under `default-resources` in {where}; " + _there_are("accounts", known),

@@ -52,7 +52,7 @@ def writer_lock(folder: Path, owner: str, wait_seconds: float = 0) -> Iterator[N
         if error.errno in _NO_LOCKS:
             raise KilnError(
                 f"{folder}: this file system has no file locks ({error.strerror}), so two writers could meet here",
-                "put `results` and the working directory on one that has (Lustre: mounted with `-o flock`; NFS: with locking)",
+                "put this folder on one that has (Lustre: mounted with `-o flock`; NFS: with locking)",
             ) from error
         raise explain_os_error(error, folder) from error
     try:
