@@ -119,10 +119,12 @@ rule toy:
 
 
 def test_sigterm_leaves_a_job_running_so_that_slurm_can_requeue_it(tmp_path):
-    """At preemption Slurm sends it to all processes, waits, kills and requeues; a job that ends by itself has failed."""
+    """At preemption Slurm sends it to all processes, waits, kills, requeues; a job that ends by itself failed."""
     place = cluster.checkout(tmp_path / "checkout")
     (place / "Snakefile").write_text(RULE)
-    (place / "toy.py").write_text("import time\nfor second in range(300):\n    print(second)\n    time.sleep(1)\n")
+    (place / "toy.py").write_text(
+        "import time\nfor second in range(300):\n    print(second, flush=True)\n    time.sleep(1)\n"
+    )
     (place / "tiny.json").write_text(json.dumps({"resources": {"light": CLASS}}))
     process = cluster.start(place, "--configfile", "tiny.json", "--retries", "0", "--", "toy")
     try:
