@@ -136,7 +136,6 @@ def test_sigterm_leaves_a_job_running_so_that_slurm_can_requeue_it(tmp_path):
         cluster.until(lambda: len(log.read_text()) > said + 8, 30, "a step that goes on")
         assert [one.state for one in cluster.jobs(place)] == ["RUNNING"]
         cluster.ask("scancel", job.id)
-        assert process.wait(120) != 0
     finally:
         process.kill()
 
