@@ -107,6 +107,39 @@ def test_biomedica_on_two_nodes_follows_the_curve_of_one_process(tmp_path):
     assert curves[0][0]["loss"] != pytest.approx(curves[0][-1]["loss"], rel=5e-4)  # equal, but not for standing still
 
 
+RULE = """
+include: "rules/common.smk"
+rule toy:
+    output: "toy.txt"
+    log: "toy.log"
+    resources: **class_resources("light")
+    params: step=outside(STEP), launcher=launcher("light")
+    shell: "{params.step} scripts.common.launch {params.launcher} -- toy 2>&1 | tee {log}; touch {output}"
+"""
+
+
+def test_sigterm_leaves_a_job_running_so_that_slurm_can_requeue_it(tmp_path):
+    """At preemption Slurm sends it to all processes, waits, kills, requeues; a job that ends by itself failed."""
+    place = cluster.checkout(tmp_path / "checkout")
+    (place / "Snakefile").write_text(RULE)
+    (place / "toy.py").write_text(
+        "import time\nfor second in range(300):\n    print(second, flush=True)\n    time.sleep(1)\n"
+    )
+    (place / "tiny.json").write_text(json.dumps({"resources": {"light": CLASS}}))
+    process = cluster.start(place, "--configfile", "tiny.json", "--retries", "0", "--", "toy")
+    try:
+        log = place / "toy.log"
+        cluster.until(lambda: log.exists() and "3" in log.read_text(), 120, "a step that runs")
+        (job,) = cluster.jobs(place)
+        cluster.ask("scancel", "--signal=TERM", job.id)
+        said = len(log.read_text())
+        cluster.until(lambda: len(log.read_text()) > said + 8, 30, "a step that goes on")
+        assert [one.state for one in cluster.jobs(place)] == ["RUNNING"]
+        cluster.ask("scancel", job.id)
+    finally:
+        process.kill()
+
+
 SEEN = """
 import os, pathlib, sys, time
 place = pathlib.Path(sys.argv[1])

@@ -292,7 +292,9 @@ def test_a_deadline_leaves_time_to_save(minutes, seconds, monkeypatch):
 
 
 def test_in_a_slurm_job_sigterm_reaches_the_step_and_ends_none_that_has_no_answer(start, tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rule's shell starts it there
     first = start(step=("toy_step", str(tmp_path / "a")), **JOB)
+    signal.signal(signal.SIGTERM, before)
     second = start(step=("toy_step", str(tmp_path / "b")), TOY_HAS_NO_HANDLER="1", **JOB)
     facts(tmp_path / "a"), facts(tmp_path / "b")
     for launcher in (first, second):
