@@ -26,10 +26,10 @@ def start(folder: Path, ranks: int = 1, env: dict | None = None, **told) -> list
         port = one.getsockname()[1]
     facts = [{"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
              for rank in range(ranks)]  # fmt: skip
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "KILN_"))}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "KILN_"))} | {"PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.supervised_training", json.dumps(told)],
+            [sys.executable, ROOT / "tests/supervised_training.py", json.dumps(told)],
             cwd=ROOT, env={**plain, **{k: str(v) for k, v in own.items()}, **(env or {})},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )

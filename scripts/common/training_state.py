@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from scripts.common.artefacts import explain_os_error, sha256_text
 from scripts.common.errors import KilnError
@@ -149,7 +150,7 @@ class TrainingState:
         """
         self.readers = readers
         found = self.saved()
-        hook = torch.optim.optimizer.register_optimizer_step_pre_hook(self._on_optimiser_step)
+        hook = register_optimizer_step_pre_hook(self._on_optimiser_step)
         self.supervision.start(_step_of(found[-1]) if found else 0, steps, self._rescue)
         try:
             yield
