@@ -128,6 +128,9 @@ def test_a_time_budget_saves_exits_non_zero_and_carries_on(undisturbed, data, tm
     assert "time budget is used up; saved at step 1" in error_of(done)
     assert (tmp_path / "state").is_dir()
     assert not (tmp_path / "final_model").exists()
+    (told,) = (json.loads(p.read_text()) for p in (tmp_path / "state").glob("*/heartbeat.json"))
+    assert (told["step"], told["steps"], told["last_save"]["step"], told["phase"]) == (1, 12, 1, "ending")
+    assert told["owner"] == "scripts.busi.train_lora" and told["loss"] > 0
     done = train(data, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-1" in done.stderr

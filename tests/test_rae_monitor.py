@@ -92,10 +92,10 @@ def test_weights_curves_generators_and_modes_are_those_of_a_training_without_it(
     called = Monitor.__call__
     seen = []
 
-    def watched(self, fit, writer):
+    def watched(self, fit, writer, pause):
         models = (fit.model, fit.discriminator, fit.ema, fit.perceptual)
         before = [modes(one) for one in models], torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
-        called(self, fit, writer)
+        called(self, fit, writer, pause)
         after = [modes(one) for one in models], torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
         assert before == after
         seen.append(fit.at.step)

@@ -1,13 +1,19 @@
 """Whole checkpoints of the Trainer: which are resumed from, and which are kept."""
 
+import contextlib
 import dataclasses
+import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from transformers import TrainerControl
 
-from scripts.common import trainer_checkpoints
+from scripts.common import heartbeat, trainer_checkpoints
+from scripts.common.supervision import Interrupted
 from scripts.common.trainer_checkpoints import MARK, WholeCheckpoints, complete, newest_complete
+from scripts.common.training_state import OutOfTime
 
 
 def checkpoint(folder: Path, step: int, whole: bool) -> Path:
@@ -80,32 +86,80 @@ class Arguments:
     output_dir: str
 
 
-def test_a_save_is_due_by_the_clock_and_waits_for_the_validation_at_an_epochs_end():
-    keeper = WholeCheckpoints(keep=1, save_minutes=0, budget_minutes=None)
+@pytest.fixture
+def start(tmp_path):
+    """A maker of callbacks whose training has begun, into `tmp_path`; all are stopped in the end."""
+    made = []
+
+    def make(**options) -> WholeCheckpoints:
+        made.append(WholeCheckpoints(keep=1, **options))
+        made[-1].on_train_begin(Arguments(str(tmp_path)), State(global_step=0), TrainerControl())
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.on_train_end(None, State(), TrainerControl())
+
+
+def test_a_save_is_due_by_the_clock_and_waits_for_the_validation_at_an_epochs_end(start):
+    keeper = start(save_minutes=0, budget_minutes=None)
     control = keeper.on_step_end(None, State(), TrainerControl())
     assert control.should_save and not control.should_training_stop
     assert not keeper.on_step_end(None, State(epoch=1.0), TrainerControl()).should_save
     assert keeper.on_epoch_end(None, State(epoch=1.0), TrainerControl()).should_save
 
 
-def test_the_last_step_is_not_saved_for_the_output_follows():
-    keeper = WholeCheckpoints(keep=1, save_minutes=0, budget_minutes=None)
+def test_the_last_step_is_not_saved_for_the_output_follows(start):
+    keeper = start(save_minutes=0, budget_minutes=None)
     assert not keeper.on_step_end(None, State(global_step=10), TrainerControl()).should_save
 
 
-def test_nothing_is_saved_before_its_time():
-    keeper = WholeCheckpoints(keep=1, save_minutes=60, budget_minutes=60)
+def test_nothing_is_saved_before_its_time(start):
+    keeper = start(save_minutes=60, budget_minutes=60)
     assert not keeper.on_step_end(None, State(), TrainerControl()).should_save
 
 
-def test_out_of_time_saves_first_and_stops_after(tmp_path):
-    keeper = WholeCheckpoints(keep=1, save_minutes=60, budget_minutes=0)
+def test_out_of_time_saves_first_and_stops_after(start, tmp_path):
+    keeper = start(save_minutes=60, budget_minutes=0)
     control = keeper.on_step_end(None, State(), TrainerControl())
     assert control.should_save and not control.should_training_stop  # else the stored state would stop a resumed run
     checkpoint(tmp_path, 1, False)
     control = keeper.on_save(Arguments(str(tmp_path)), State(), control)
-    assert control.should_training_stop and keeper.out_of_time
+    assert control.should_training_stop
     assert newest_complete(tmp_path).name == "checkpoint-1"
+    with pytest.raises(OutOfTime, match="saved at step 1"), keeper.running(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("job", [None, "7"])
+def test_a_signal_saves_and_stops_but_in_a_slurm_job(start, tmp_path, monkeypatch, job):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    keeper = start(save_minutes=60, budget_minutes=60)
+    os.kill(os.getpid(), signal.SIGTERM)
+    control = keeper.on_step_end(None, State(), TrainerControl())
+    assert control.should_save and not control.should_training_stop
+    checkpoint(tmp_path, 1, False)
+    control = keeper.on_save(Arguments(str(tmp_path)), State(), control)
+    assert newest_complete(tmp_path).name == "checkpoint-1"
+    assert control.should_training_stop == (job is None)
+    ends = contextlib.nullcontext() if job else pytest.raises(Interrupted, match="SIGTERM: saved at step 1")
+    with ends, keeper.running(tmp_path):
+        pass
+    if job:  # it is answered
+        assert not keeper.on_step_end(None, State(global_step=2), TrainerControl()).should_save
+
+
+def test_the_heartbeat_tells_step_loss_and_save(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SECONDS", 0)
+    keeper = start(save_minutes=60, budget_minutes=None)
+    keeper.on_step_end(None, State(global_step=3), TrainerControl())
+    keeper.on_log(None, State(global_step=3), TrainerControl(), {"loss": 0.5, "epoch": 1})
+    checkpoint(tmp_path, 3, False)
+    keeper.on_save(Arguments(str(tmp_path)), State(global_step=3), TrainerControl())
+    told = json.loads((tmp_path / heartbeat.NAME).read_text())
+    assert (told["step"], told["steps"], told["loss"], told["last_save"]["step"]) == (3, 10, 0.5, 3)
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):

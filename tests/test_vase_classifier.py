@@ -491,6 +491,9 @@ def test_out_of_time_ends_the_command_with_a_hint(work):
     assert "the time budget is used up; saved at step 1 in" in said and "run the same command again" in said
     assert not (work / "late").exists()
     assert len(list((work / "late.state").glob("*/step-000000001/shared.pt"))) == 1
+    (told,) = (json.loads(p.read_text()) for p in (work / "late.state").glob("*/heartbeat.json"))
+    assert (told["step"], told["steps"], told["last_save"]["step"], told["phase"]) == (1, 9, 1, "ending")
+    assert told["owner"] == "scripts.vase.train_classifier" and 0 < told["loss"] < 10
     shutil.rmtree(work / "late.state")
 
 

@@ -148,6 +148,9 @@ def test_a_time_budget_saves_exits_non_zero_and_carries_on(undisturbed, data, tm
     done = train("sft", data, tmp_path, budget_minutes=0)
     assert "time budget is used up; saved at step 1" in error_of(done)
     assert (tmp_path / "state").is_dir() and not (tmp_path / "last").exists()
+    (told,) = (json.loads(p.read_text()) for p in (tmp_path / "state").glob("*/heartbeat.json"))
+    assert (told["step"], told["last_save"]["step"], told["phase"]) == (1, 1, "ending") and told["loss"] > 0
+    assert told["owner"] == "scripts.vase.train_sft"
     done = train("sft", data, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-1" in done.stderr

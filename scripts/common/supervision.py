@@ -58,14 +58,11 @@ class Supervision:
         folder: the state folder.
         heartbeat: whether this process writes it: rank 0 does.
         stall_minutes: without a step, a save or a beat in this time the process ends; None: never.
-        rescue: called in the main thread when that hangs in Python code, with the frame where; it saves if it can,
-            and says what is saved.
     """
 
-    def __init__(
-        self, folder: Path, heartbeat: bool, stall_minutes: float | None, rescue: Callable[[FrameType], str]
-    ):  # fmt: skip
-        self.folder, self.rescue = folder, rescue
+    def __init__(self, folder: Path, heartbeat: bool, stall_minutes: float | None):
+        self.folder = folder
+        self.rescue: Callable[[FrameType | None], str] | None = None
         self.stall_seconds = None if stall_minutes is None else stall_minutes * 60
         self.heartbeat: Heartbeat | None = None
         self.writes_heartbeat = heartbeat
@@ -77,8 +74,16 @@ class Supervision:
         self.beats, self.pauses = 0, 0
         self.stopped, self.answered = threading.Event(), threading.Event()
 
-    def start(self, step: int, steps: int | None) -> None:
-        """The training begins, with `step` of `steps` optimiser steps done."""
+    def start(self, step: int, steps: int | None, rescue: Callable[[FrameType | None], str]) -> None:
+        """The training begins.
+
+        Args:
+            step: optimiser steps that are done.
+            steps: of the whole training, or None.
+            rescue: called in the main thread when that hangs in Python code, with the frame where; it saves if it can,
+                and says what is saved.
+        """
+        self.rescue = rescue
         if self.writes_heartbeat:
             self.heartbeat = Heartbeat(self.folder, step, steps)
             self.heartbeat.write()
@@ -95,7 +100,7 @@ class Supervision:
         self.stopped.set()
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.before, self.rescue = {}, None
         _children.spare(False)
         if self.heartbeat is not None:
             self.heartbeat.turn("ending")

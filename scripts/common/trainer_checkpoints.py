@@ -120,10 +120,8 @@ class WholeCheckpoints(TrainerCallback):
             self.supervision.answer(self.interrupted, self.saved_step)
 
     def on_train_begin(self, args, state, control, **_):
-        self.supervision = Supervision(
-            Path(args.output_dir), state.is_world_process_zero, self.stall_minutes, self._rescue
-        )
-        self.supervision.start(state.global_step, state.max_steps)
+        self.supervision = Supervision(Path(args.output_dir), state.is_world_process_zero, self.stall_minutes)
+        self.supervision.start(state.global_step, state.max_steps, self._rescue)
 
     def on_train_end(self, args, state, control, **_):
         self.supervision.stop()
@@ -173,7 +171,7 @@ class WholeCheckpoints(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def _rescue(self, frame: FrameType) -> str:
+    def _rescue(self, frame: FrameType | None) -> str:
         return "the last save stands"  # only the Trainer can make one, between two steps
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from scripts.common.artefacts import explain_os_error, sha256_text
 from scripts.common.errors import KilnError
@@ -93,7 +94,7 @@ class TrainingState:
         self.save_seconds = save_minutes * 60
         self.deadline = deadline(budget_minutes)
         self.last_save = time.monotonic()
-        self.supervision = Supervision(self.folder, rank == 0, stall_minutes, self._rescue)
+        self.supervision = Supervision(self.folder, rank == 0, stall_minutes)
         self.readers: Sequence[str] = ()
         self.boundary = None  # the last completed step: (step, payload, random generators)
         self.stepped = False  # whether an optimiser went on since
@@ -149,8 +150,8 @@ class TrainingState:
         """
         self.readers = readers
         found = self.saved()
-        hook = torch.optim.optimizer.register_optimizer_step_pre_hook(self._on_optimiser_step)
-        self.supervision.start(_step_of(found[-1]) if found else 0, steps)
+        hook = register_optimizer_step_pre_hook(self._on_optimiser_step)
+        self.supervision.start(_step_of(found[-1]) if found else 0, steps, self._rescue)
         try:
             yield
         finally:
@@ -210,7 +211,7 @@ class TrainingState:
     def _on_optimiser_step(self, *_) -> None:
         self.stepped = True
 
-    def _rescue(self, frame: FrameType) -> str:
+    def _rescue(self, frame: FrameType | None) -> str:
         """Save the last completed step of a training that hangs at `frame`, if nothing has changed since."""
         stands = "the last save stands"
         if self.ranks > 1:
