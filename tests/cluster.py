@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from tests.workflow import copy_checkout, edit
+from workflow import copy_checkout, edit
 
 T = TypeVar("T")
 POLL = 1  # seconds until Snakemake first looks at a job; it adds ten to each look at which none has ended

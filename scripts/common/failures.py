@@ -248,7 +248,7 @@ def reason(state: str | None, number: int | None, peak: float | None, asked: flo
             return f"killed by signal 9: probably out of memory; if so, {more_memory}"
         if peak >= NEAR * asked:
             return f"killed by signal 9, near its request: probably out of memory; {more_memory}"
-        return "killed by signal 9, by whom is not known; its memory was below its request"
+        return "killed by signal 9 below its request: by hand, or as its machine had no memory left (`dmesg` there tells)"
     if number:
         return f"killed by signal {number} ({signal.Signals(number).name})" if number in _signals() else ""
     return ""
@@ -290,7 +290,7 @@ def _bounded(lines: Sequence[str]) -> list[str]:
     shown = [line if len(line) <= WIDTH else f"{line[:WIDTH]}..." for line in lines]
     if len(shown) <= LINES:
         return shown
-    return [shown[0], f"... {len(shown) - LINES} lines left out ...", *shown[-(LINES - 1) :]]
+    return [shown[0], f"... {len(shown) - LINES} lines left out ...", *shown[1 - LINES :]]
 
 
 def _plain(line: str) -> str:
