@@ -81,7 +81,9 @@ def test_node_job_and_memory_are_told(told, name):
 
 
 def test_a_bug_is_told_and_seen_again(told, again):
-    assert re.search(r"Traceback .*\n(.*\n)*    ValueError: planted\n", told["digits"]) and "cause" not in told["digits"]
+    assert (
+        re.search(r"Traceback .*\n(.*\n)*    ValueError: planted\n", told["digits"]) and "cause" not in told["digits"]
+    )
     output, _ = again["digits"].communicate(timeout=120)
     assert again["digits"].returncode == 1 and "ValueError: planted" in output, output
 
@@ -113,5 +115,3 @@ def test_a_job_out_of_time_is_told_and_is_so_again(told, again):
     assert "TIMEOUT" in told["vases"] and "cause: out of time (00:01:00)" in told["vases"]
     output, _ = again["vases"].communicate(timeout=200)
     assert again["vases"].returncode and "DUE TO TIME LIMIT" in output, output
-
-

@@ -1,9 +1,11 @@
 """The report of what failed: from records of Snakemake's logger, logs of steps, and answers of Slurm."""
 
 import logging
+import os
 import re
 import shlex
 import subprocess
+import time
 import types
 from pathlib import Path
 
@@ -118,7 +120,8 @@ def info(number: int, rule: str, **more) -> dict:
 def error(number: int, rule: str, **more) -> dict:
     """A JOB_ERROR record's facts."""
     return {"event": "job_error", "jobid": number, "rule_name": rule, "rule_msg": None, "input": [], "output": [],
-            "log": [], "conda_env": None, "container_img": None, "aux": {}, "shellcmd": f"env A=1 {rule}"} | more  # fmt: skip
+            "log": [], "conda_env": None, "container_img": None, "aux": {},
+            "shellcmd": f"env A=1 {rule}"} | more  # fmt: skip
 
 
 def watch(*records: dict | str) -> failures.Watch:
@@ -176,7 +179,11 @@ def test_a_job_of_slurms_is_told_even_when_it_is_forgotten(tmp_path, no_slurm):
     log.write_text("Failed on n3, Slurm job 7: peak memory 555 MB (largest process)\nError: x\nHint: y\n")
     failed = error(1, "a", log=[str(log)], aux={"external_jobid": "7"})
     text = watch(info(1, "a"), failed).report(tmp_path)
-    assert "ran on n3, Slurm job 7\n  memory: peak 555 MB of 600 MB asked for\n    Error: x\n    Hint: y\n" in text
+    assert "ran on n3, Slurm job 7\n  memory: peak 555 MB of 600 MB asked for\n" in text
+    assert "  its log was last written to before this attempt began:\n    Error: x\n    Hint: y\n" in text
+    os.utime(log, (time.time() + 9, time.time() + 9))
+    text = watch(info(1, "a"), failed).report(tmp_path)
+    assert "asked for\n    Error: x\n    Hint: y\n" in text
 
     (no_slurm / "scontrol").write_text(f"#!/bin/sh\ncat <<'END'\n{SCONTROL}\nEND\n")
     text = watch(info(1, "a"), failed).report(tmp_path)
@@ -205,7 +212,7 @@ def test_of_a_group_who_failed_is_told(tmp_path):
     assert "env b/1" in watch(*records).report(tmp_path)
 
 
-STEP = "env A=1 python -m scripts.x --settings '{\"a\": \"b | c\"}' --name x"
+STEP = 'env A=1 python -m scripts.x --settings \'{"a": "b | c"}\' --name x'
 
 
 @pytest.mark.parametrize(
@@ -282,7 +289,7 @@ PLANTED = {
     "digits": '    raise ValueError("planted")\n',
     "slides": '    from scripts.common.errors import KilnError\n\n    raise KilnError("planted: bad", "mend it")\n',
     "ultrasound": '    import os\n\n    held = b"x" * 600_000_000\n    os.kill(os.getpid(), 9)\n',
-    "figures": '    if not Path("tried").exists():\n        Path("tried").write_text("")\n        raise OSError("once")\n',
+    "figures": '    if not Path("tried").exists():\n        Path("tried").touch()\n        raise OSError("once")\n',
 }
 
 

@@ -72,7 +72,7 @@ class Watch(logging.Handler):
         self._status: dict[int | None, int] = {}  # by thread: a local job's error and exit status come from one
         self._groups: dict[int, tuple[str, str | None, list[str]]] = {}
         self._peak = _children_mb()
-        # A cluster forgets a job minutes after its end, so it is asked at once; not in this thread, which must not wait.
+        # Slurm forgets a job minutes after its end, so it is asked at once; not in this thread, which must not wait.
         self._asking = concurrent.futures.ThreadPoolExecutor(max_workers=1)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -129,7 +129,9 @@ class Watch(logging.Handler):
             peak = _children_mb()
             # It is a maximum over all children that ended: this job's own only if it has just risen.
             failure.peak_mb, self._peak = (peak if peak > self._peak else None), peak
-        self.failed.pop(number, None)
+        earlier = self.failed.pop(number, None)
+        if earlier and failure.peak_mb is None:
+            failure.peak_mb = earlier.peak_mb  # which this attempt did not exceed
         self.failed[number] = failure
 
     def report(self, folder: Path) -> str:
@@ -142,7 +144,7 @@ class Watch(logging.Handler):
         """
         try:
             return hide_secrets(_report(_who_failed(list(self.failed.values())), folder), os.environ)
-        except Exception as error:  # noqa: BLE001 as the docstring says
+        except Exception as error:
             return f"There is no report of what failed ({type(error).__name__}: {error}); see the messages above."
 
 
@@ -160,7 +162,7 @@ def _who_failed(failures: list[Failure]) -> list[Failure]:
             kept += members
             continue
         text = _tail(members[0].logs[-1]) if members[0].logs else ""
-        blamed = [m for m in members if f"Error in rule {m.rule}:" in text and f"output: {', '.join(m.outputs)}" in text]
+        blamed = [m for m in members if f"Error in rule {m.rule}:" in text and ", ".join(m.outputs) in text]
         # One that was killed could not be blamed: it is the last that wrote to its log.
         kept += blamed or [max(members, key=lambda m: max((_written(log) for log in m.logs[:1]), default=0.0))]
     return kept
@@ -248,7 +250,7 @@ def reason(state: str | None, number: int | None, peak: float | None, asked: flo
             return f"killed by signal 9: probably out of memory; if so, {more_memory}"
         if peak >= NEAR * asked:
             return f"killed by signal 9, near its request: probably out of memory; {more_memory}"
-        return "killed by signal 9 below its request: by hand, or as its machine had no memory left (`dmesg` there tells)"
+        return "killed by signal 9 below its request: by hand, or as its machine was full (`dmesg` there tells)"
     if number:
         return f"killed by signal {number} ({signal.Signals(number).name})" if number in _signals() else ""
     return ""
@@ -308,7 +310,7 @@ def _log_text(failure: Failure) -> str:
 
 def _tail(path: str) -> str:
     try:
-        with open(path, "rb") as handle:
+        with Path(path).open("rb") as handle:
             handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL_BYTES))
             return handle.read().decode(errors="replace")
     except OSError:  # it may never have been written
@@ -394,10 +396,10 @@ def ask_accounting(job: str) -> dict[str, Any]:
 
 def _ask(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_SECONDS, check=True)
+        answer = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=ASK_SECONDS)
     except (OSError, subprocess.SubprocessError):  # not installed, no accounting, or the job is forgotten
         return ""
-    return done.stdout
+    return answer.decode(errors="replace")
 
 
 def parse_scontrol(text: str) -> dict[str, Any]:
