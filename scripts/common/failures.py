@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import re
-import resource
 import shlex
 import signal
 import socket
@@ -35,7 +34,7 @@ _SACCT = ("JobIDRaw", "State", "ExitCode", "NodeList", "Partition", "Account", "
 
 @dataclasses.dataclass
 class Failure:
-    """A job that failed, as Snakemake told of it; `asked` are its resources, `peak_mb` is known of local jobs only."""
+    """A job that failed, as Snakemake told of it; `asked` are its resources, `status` is known of local jobs only."""
 
     rule: str
     wildcards: Mapping[str, str]
@@ -51,7 +50,6 @@ class Failure:
     outputs: Sequence[str] = ()
     group: str | None = None
     status: int | None = None
-    peak_mb: float | None = None
     slurm: concurrent.futures.Future | None = None
 
     @property
@@ -71,7 +69,6 @@ class Watch(logging.Handler):
         self._attempts: dict[int, int] = {}
         self._status: dict[int | None, int] = {}  # by thread: a local job's error and exit status come from one
         self._groups: dict[int, tuple[str, str | None, list[str]]] = {}
-        self._peak = _children_mb()
         # Slurm forgets a job minutes after its end, so it is asked at once; not in this thread, which must not wait.
         self._asking = concurrent.futures.ThreadPoolExecutor(max_workers=1)
 
@@ -93,7 +90,6 @@ class Watch(logging.Handler):
             self._attempts[number] = self._attempts.get(number, 0) + 1
         elif event == "job_finished":
             self.failed.pop(facts["job_id"], None)
-            self._peak = _children_mb()
         elif event == "group_error":
             member = (facts["groupid"], facts.get("external_jobid"), list(facts["aux_logs"]))
             self._groups.update({info["jobid"]: member for info in facts["job_error_info"]})
@@ -126,12 +122,7 @@ class Watch(logging.Handler):
             failure.slurm = self._asking.submit(ask_controller, job)
         else:
             failure.status = self._status.pop(facts["thread"], None)
-            peak = _children_mb()
-            # It is a maximum over all children that ended: this job's own only if it has just risen.
-            failure.peak_mb, self._peak = (peak if peak > self._peak else None), peak
-        earlier = self.failed.pop(number, None)
-        if earlier and failure.peak_mb is None:
-            failure.peak_mb = earlier.peak_mb  # which this attempt did not exceed
+        self.failed.pop(number, None)
         self.failed[number] = failure
 
     def report(self, folder: Path) -> str:
@@ -146,11 +137,6 @@ class Watch(logging.Handler):
             return hide_secrets(_report(_who_failed(list(self.failed.values())), folder), os.environ)
         except Exception as error:
             return f"There is no report of what failed ({type(error).__name__}: {error}); see the messages above."
-
-
-def _children_mb() -> float:
-    """The largest peak of a child that ended, or of this process: each child starts as a copy of it."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)) / 1024
 
 
 def _who_failed(failures: list[Failure]) -> list[Failure]:
@@ -199,8 +185,7 @@ def _in_full(failure: Failure, folder: Path) -> str:
     if status is None and (statuses := _STATUS.findall(machine)):
         status = int(statuses[-1])
     number = slurm.get("signal") or (status - 128 if status and 128 < status < 128 + signal.NSIG else None)
-    peaks = [float(found[3]) for found in words] or [failure.peak_mb or 0.0]
-    peaks.append(slurm.get("peak_mb", 0.0))
+    peaks = [*(float(found[3]) for found in words), slurm.get("peak_mb", 0.0)]
     peak = max(peaks) or None
     asked = slurm.get("asked_mb") or failure.asked.get("mem_mb")
     asked = float(asked) if isinstance(asked, int | float) else None
