@@ -91,7 +91,7 @@ def test_a_bug_is_told_and_seen_again(told, again):
 def test_too_much_memory_is_told_and_seen_again(told, again):
     found = re.search(r"job \d+: FAILED\n  memory: peak (\d+) MB of (\d+) MB", told["slides"])
     assert int(found[1]) > int(found[2]) == MEMORY_MB
-    assert "probably out of memory" in told["slides"]
+    assert "cause: out of memory" in told["slides"] and "exceeded memory limit" in told["slides"]
     output, _ = again["slides"].communicate(timeout=120)
     assert again["slides"].returncode and "exceeded memory limit" in output, output
 
