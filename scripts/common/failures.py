@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import re
-import resource
 import shlex
 import signal
 import socket
@@ -27,6 +26,9 @@ NEAR = 0.9  # of the memory asked for, from which a killed job probably ran out 
 _TRACEBACK = "Traceback (most recent call last):"
 _STATUS = re.compile(r"returned non-zero exit status (\d+)")
 _TOLD = re.compile(r"^Failed on (\S+?)(?:, Slurm job (\d+))?: peak memory (\d+) MB", re.M)
+_TORCHRUN = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")
+_SLURM_SAYS = re.compile(r"^(?:slurmstepd\S*|srun): error: .*", re.M)
+_NO_MEMORY = re.compile(r"exceeded (?:step|job|memory)[ \w]*limit|oom.?kill", re.I)
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.I)
 _SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 _SACCT = ("JobIDRaw", "State", "ExitCode", "NodeList", "Partition", "Account", "QOS", "Elapsed", "Timelimit", "ReqMem",
@@ -35,7 +37,7 @@ _SACCT = ("JobIDRaw", "State", "ExitCode", "NodeList", "Partition", "Account", "
 
 @dataclasses.dataclass
 class Failure:
-    """A job that failed, as Snakemake told of it; `asked` are its resources, `peak_mb` is known of local jobs only."""
+    """A job that failed, as Snakemake told of it; `asked` are its resources, `status` is known of local jobs only."""
 
     rule: str
     wildcards: Mapping[str, str]
@@ -51,7 +53,6 @@ class Failure:
     outputs: Sequence[str] = ()
     group: str | None = None
     status: int | None = None
-    peak_mb: float | None = None
     slurm: concurrent.futures.Future | None = None
 
     @property
@@ -71,8 +72,7 @@ class Watch(logging.Handler):
         self._attempts: dict[int, int] = {}
         self._status: dict[int | None, int] = {}  # by thread: a local job's error and exit status come from one
         self._groups: dict[int, tuple[str, str | None, list[str]]] = {}
-        self._peak = _children_mb()
-        # A cluster forgets a job minutes after its end, so it is asked at once; not in this thread, which must not wait.
+        # Slurm forgets a job minutes after its end, so it is asked at once; not in this thread, which must not wait.
         self._asking = concurrent.futures.ThreadPoolExecutor(max_workers=1)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -93,7 +93,6 @@ class Watch(logging.Handler):
             self._attempts[number] = self._attempts.get(number, 0) + 1
         elif event == "job_finished":
             self.failed.pop(facts["job_id"], None)
-            self._peak = _children_mb()
         elif event == "group_error":
             member = (facts["groupid"], facts.get("external_jobid"), list(facts["aux_logs"]))
             self._groups.update({info["jobid"]: member for info in facts["job_error_info"]})
@@ -126,9 +125,6 @@ class Watch(logging.Handler):
             failure.slurm = self._asking.submit(ask_controller, job)
         else:
             failure.status = self._status.pop(facts["thread"], None)
-            peak = _children_mb()
-            # It is a maximum over all children that ended: this job's own only if it has just risen.
-            failure.peak_mb, self._peak = (peak if peak > self._peak else None), peak
         self.failed.pop(number, None)
         self.failed[number] = failure
 
@@ -142,13 +138,8 @@ class Watch(logging.Handler):
         """
         try:
             return hide_secrets(_report(_who_failed(list(self.failed.values())), folder), os.environ)
-        except Exception as error:  # noqa: BLE001 as the docstring says
+        except Exception as error:
             return f"There is no report of what failed ({type(error).__name__}: {error}); see the messages above."
-
-
-def _children_mb() -> float:
-    """The largest peak of a child that ended, or of this process: each child starts as a copy of it."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)) / 1024
 
 
 def _who_failed(failures: list[Failure]) -> list[Failure]:
@@ -160,7 +151,7 @@ def _who_failed(failures: list[Failure]) -> list[Failure]:
             kept += members
             continue
         text = _tail(members[0].logs[-1]) if members[0].logs else ""
-        blamed = [m for m in members if f"Error in rule {m.rule}:" in text and f"output: {', '.join(m.outputs)}" in text]
+        blamed = [m for m in members if f"Error in rule {m.rule}:" in text and ", ".join(m.outputs) in text]
         # One that was killed could not be blamed: it is the last that wrote to its log.
         kept += blamed or [max(members, key=lambda m: max((_written(log) for log in m.logs[:1]), default=0.0))]
     return kept
@@ -190,35 +181,43 @@ def _in_full(failure: Failure, folder: Path) -> str:
     machine = _tail(failure.logs[-1]) if failure.job and failure.logs else ""  # what Slurm and Snakemake say there
     job = f", Slurm job {failure.job}" if failure.job else ""
     group = f" of group {failure.group}" if failure.group else ""
-    words = [found for found in _TOLD.finditer(text) if found[2] == (failure.job or found[2])]
-    node = slurm.get("node") or (words[-1][1] if words else None if failure.job else socket.gethostname())
+    places = [found for found in _TOLD.finditer(text) if found[2] == (failure.job or found[2])]
+    node = slurm.get("node") or (places[-1][1] if places else None if failure.job else socket.gethostname())
     state = slurm.get("state")
     status = failure.status
     if status is None and (statuses := _STATUS.findall(machine)):
         status = int(statuses[-1])
     number = slurm.get("signal") or (status - 128 if status and 128 < status < 128 + signal.NSIG else None)
-    peaks = [float(found[3]) for found in words] or [failure.peak_mb or 0.0]
-    peaks.append(slurm.get("peak_mb", 0.0))
+    if number is None and (killed := _TORCHRUN.findall(text)):
+        number = int(killed[-1])
+    peaks = [*(float(found[3]) for found in places), slurm.get("peak_mb", 0.0)]
     peak = max(peaks) or None
     asked = slurm.get("asked_mb") or failure.asked.get("mem_mb")
     asked = float(asked) if isinstance(asked, int | float) else None
+    said, words = excerpt(text), _slurm_words(machine)
+    if said and (said[0].startswith("Error: ") or said[0].endswith(_TRACEBACK)) and not _near(peak, asked):
+        number = None  # the other processes are killed when one has failed
+    ended = f": {state}" if state else ""
+    if state == "FAILED" and _NO_MEMORY.search("\n".join(_SLURM_SAYS.findall(machine))):
+        state = "OUT_OF_MEMORY"  # as clusters without cgroups do not call it
     why = reason(state, number, peak, asked, slurm.get("limit") or _minutes(failure.asked.get("runtime")))
     memory = f"peak {peak:.0f} MB" if peak is not None else "peak unknown"
     lines = [
         f"{failure.name}{group}" + (f", attempt {failure.attempt}" if failure.attempt > 1 else ""),
-        f"  ran on {node or 'an unknown node'}{job}{f': {state}' if state else ''}",
+        f"  ran on {node or 'an unknown node'}{job}{ended}",
         f"  memory: {memory}{f' of {asked:.0f} MB asked for' if asked else ''}",
     ]
     if why:
         lines.append(f"  cause: {why}")
-    said = excerpt(text) or [one for one in excerpt(machine) if one]
-    stale = bool(failure.logs) and 0 < _written(failure.logs[0]) < failure.started
+    if not said and not words:
+        said = excerpt(machine)
+    stale = bool(said) and 0 < _written(failure.logs[0]) < failure.started
     if stale:
         lines.append("  its log was last written to before this attempt began:")
     lines += [f"    {line}" for line in said]
-    if not said:
+    if not said and not words:
         lines.append("  its log says nothing")
-    lines += [f"    {line}" for line in _slurm_words(machine) if line not in said]
+    lines += [f"    {line}" for line in words if line not in said]
     lines += [f"  log: {log}" for log in failure.logs]
     if command := by_hand(failure, slurm, folder):
         lines.append(f"  by hand:\n{command}")
@@ -246,12 +245,16 @@ def reason(state: str | None, number: int | None, peak: float | None, asked: flo
     if number == signal.SIGKILL:
         if peak is None or asked is None:
             return f"killed by signal 9: probably out of memory; if so, {more_memory}"
-        if peak >= NEAR * asked:
+        if _near(peak, asked):
             return f"killed by signal 9, near its request: probably out of memory; {more_memory}"
-        return "killed by signal 9, by whom is not known; its memory was below its request"
+        return "killed by signal 9 below its request: by hand, or as its machine was full (`dmesg` there tells)"
     if number:
         return f"killed by signal {number} ({signal.Signals(number).name})" if number in _signals() else ""
     return ""
+
+
+def _near(peak: float | None, asked: float | None) -> bool:
+    return bool(peak and asked and peak >= NEAR * asked)
 
 
 def _signals() -> set[int]:
@@ -290,7 +293,7 @@ def _bounded(lines: Sequence[str]) -> list[str]:
     shown = [line if len(line) <= WIDTH else f"{line[:WIDTH]}..." for line in lines]
     if len(shown) <= LINES:
         return shown
-    return [shown[0], f"... {len(shown) - LINES} lines left out ...", *shown[-(LINES - 1) :]]
+    return [shown[0], f"... {len(shown) - LINES} lines left out ...", *shown[1 - LINES :]]
 
 
 def _plain(line: str) -> str:
@@ -298,8 +301,8 @@ def _plain(line: str) -> str:
 
 
 def _slurm_words(text: str) -> list[str]:
-    found = [_plain(line) for line in text.splitlines() if line.startswith(("slurmstepd: error:", "srun: error:"))]
-    return _bounded(list(dict.fromkeys(found))[-3:])
+    """The last things that Slurm itself wrote into a job's output."""
+    return _bounded(list(dict.fromkeys(_plain(line) for line in _SLURM_SAYS.findall(text)))[-4:])
 
 
 def _log_text(failure: Failure) -> str:
@@ -308,7 +311,7 @@ def _log_text(failure: Failure) -> str:
 
 def _tail(path: str) -> str:
     try:
-        with open(path, "rb") as handle:
+        with Path(path).open("rb") as handle:
             handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL_BYTES))
             return handle.read().decode(errors="replace")
     except OSError:  # it may never have been written
@@ -394,10 +397,10 @@ def ask_accounting(job: str) -> dict[str, Any]:
 
 def _ask(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_SECONDS, check=True)
+        answer = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=ASK_SECONDS)
     except (OSError, subprocess.SubprocessError):  # not installed, no accounting, or the job is forgotten
         return ""
-    return done.stdout
+    return answer.decode(errors="replace")
 
 
 def parse_scontrol(text: str) -> dict[str, Any]:
@@ -421,11 +424,12 @@ def parse_sacct(text: str, job: str) -> dict[str, Any]:
     A job's peak is the sum over its steps: Snakemake's own, which stays, and the rule's.
     """
     rows = [dict(zip(_SACCT, line.split("|"), strict=False)) for line in text.splitlines()]
+    rows = [row for row in rows if row["JobIDRaw"].split(".")[0] == job]
     whole = next((row for row in rows if row["JobIDRaw"] == job), {})
-    peaks = [_megabytes(row.get("MaxRSS", "")) or 0.0 for row in rows if row["JobIDRaw"].startswith(f"{job}.")]
+    peaks = [_megabytes(row.get("MaxRSS", "")) or 0.0 for row in rows if row is not whole]
     mine = {
         "state": whole.get("State", "").split(" ")[0],  # it may go on: CANCELLED by 1000
-        "signal": _signal(whole.get("ExitCode", "")),
+        "signal": max((_signal(row.get("ExitCode", "")) or 0 for row in rows), default=0),
         "node": whole.get("NodeList"),
         "partition": whole.get("Partition"),
         "account": whole.get("Account"),
