@@ -33,7 +33,7 @@ BALLAST = """time.sleep(0.2)
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("prepared"))
+    return prepare(tmp_path_factory)
 
 
 def test_a_cancelled_job_carries_on(prepared, tmp_path):
