@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cluster
+import filelock
 import rae_fixtures
 import workflow
 
@@ -54,8 +55,20 @@ class Step(NamedTuple):
     pid: int
 
 
-def prepare(root: Path) -> Prepared:
+def prepare(tmp_path_factory) -> Prepared:
+    """What `build` makes, once for all of pytest's processes."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prepared"
+    with filelock.FileLock(f"{root}.lock"):
+        if not (root / "whole").exists():
+            build(root)
+            (root / "whole").touch()
+    return Prepared(root / "place", root / "undisturbed" / FOLDER)
+
+
+def build(root: Path) -> None:
     """All that precedes the training, and the training itself in a copy, both without Slurm and undisturbed."""
+    root.mkdir(exist_ok=True)
     data = rae_fixtures.build_data(root / "data")
     place = cluster.checkout(root / "place")
     state = place / "scripts/common/training_state.py"
@@ -74,7 +87,6 @@ def prepare(root: Path) -> Prepared:
     workflow.run(place, place, f"results/rae/compute_latent_stats/{ENCODER}/meta.json")
     shutil.copytree(place, root / "undisturbed", symlinks=True)
     workflow.run(root / "undisturbed", root / "undisturbed", TARGET)
-    return Prepared(place, root / "undisturbed" / FOLDER)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ BALLAST = """time.sleep(0.2)
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("prepared"))
+    return prepare(tmp_path_factory)
 
 
 def test_a_cancelled_job_carries_on(prepared, tmp_path):
@@ -86,8 +86,9 @@ def test_a_preempted_job_is_requeued_and_carries_on(prepared, tmp_path):
     place = copy(prepared, tmp_path)
     with controlled(place, "--set-resources", "rae_train_autoencoder:slurm_partition=preempt") as snakemake:
         job = saved(place)
-        idle = int(cluster.ask("sinfo", "--noheader", "--nodes", job.node, "--format", "%C").split("/")[1])
-        cluster.ask("sbatch", "--partition=cpu", f"--nodelist={job.node}", f"--cpus-per-task={idle + 1}", "--mem=10",
+        taken = cluster.ask("squeue", "--noheader", "--nodelist", job.node, "--states", "running", "--format", "%C")
+        others = sum(map(int, taken.split())) - 1
+        cluster.ask("sbatch", "--partition=cpu", f"--nodelist={job.node}", f"--cpus-per-task={8 - others}", "--mem=10",
                     "--output=/dev/null", "--wrap=sleep 3")  # fmt: skip
         complete(place, snakemake)
     jobs = check(prepared, place, redone=30)

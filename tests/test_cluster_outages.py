@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("prepared"))
+    return prepare(tmp_path_factory)
 
 
 def kill_daemon(name: str) -> None:

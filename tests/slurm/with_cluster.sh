@@ -57,6 +57,7 @@ SlurmctldHost=$HOST(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=15 # so long a requeued job waits; two minutes by default
 StateSaveLocation=$R/state/ctld
 SlurmdSpoolDir=$R/state/%n
 SlurmctldPidFile=$R/slurmctld.pid
