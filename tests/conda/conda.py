@@ -70,6 +70,8 @@ def main() -> None:
             print(json.dumps({"conda_prefix": str(HERE), "platform": "linux-64", "conda_version": VERSION}))
         case ["config", "--get", "channel_priority", "--json"]:
             print(json.dumps({"get": {"channel_priority": "strict"}}))
+        case ["clean", "-y", "--tarballs"]:
+            pass  # the channel's packages are the cache
         case ["env", "create", *options]:
             parser = argparse.ArgumentParser(prog="conda env create")
             parser.add_argument("--file", type=Path, required=True)
