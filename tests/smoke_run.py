@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import workflow
@@ -65,13 +66,14 @@ TINY = {
 }  # fmt: skip
 
 
-def run(folder: Path, pipeline: str, settings: dict, cores: int) -> float:
-    """Run a pipeline's smoke in `folder`, `settings` on top of config/smoke.yaml; its minutes."""
+def run(folder: Path, pipeline: str, settings: dict, cores: int, preset: Sequence[str] = ()) -> float:
+    """Run a pipeline's smoke in `folder`: `preset`, config/smoke.yaml on top of it, `settings` on both; its minutes."""
     (folder / "config").mkdir(parents=True)
     shutil.copy(workflow.ROOT / "config/smoke_reward.py", folder / "config")
     own = folder / "config/own.yaml"
     own.write_text(yaml.safe_dump(settings))
-    line = workflow.command(workflow.ROOT, folder, pipeline, "--configfile", "config/smoke.yaml", str(own))
+    files = [*preset, "config/smoke.yaml", str(own)]
+    line = workflow.command(workflow.ROOT, folder, pipeline, "--configfile", *files)
     line[line.index("--cores") + 1] = str(cores)
     start = time.monotonic()
     done = subprocess.run(line, capture_output=True, text=True, cwd=workflow.ROOT, timeout=1800)

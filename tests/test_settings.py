@@ -371,7 +371,7 @@ def test_default_file_is_the_models(root):
     assert config.load({}, path) == config.Config()
 
 
-@pytest.mark.parametrize("name", ["default.yaml", "demo.yaml"])
+@pytest.mark.parametrize("name", ["default.yaml", "demo.yaml", "smoke.yaml"])
 def test_shipped_files_follow_the_schema(root, name):
     schema = json.loads((root / "config/schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -32,8 +32,8 @@ def test_a_pipeline_runs_at_its_published_architecture(pipeline, tmp_path, capsy
 @pytest.mark.slow(minutes=MINUTES)
 def test_bmc_clips_model_trains(tmp_path):
     """The preset's ViT-L-14 in place of the default ViT-B-32."""
-    settings = {"biomedica": {"model": {"name": "ViT-L-14"}, "train": {"gradient_checkpointing": True}}}
-    assert smoke_run.run(tmp_path / "run", "biomedica", settings, cores=8) < MINUTES
+    minutes = smoke_run.run(tmp_path / "run", "biomedica", {}, cores=8, preset=["config/bmc_clip.yaml"])
+    assert minutes < MINUTES
     assert smoke_run.steps(tmp_path / "run/results/smoke") == {"biomedica/train_clip/hybrid-42": 5}
 
 
