@@ -143,9 +143,10 @@ def test_jobs_of_another_working_directory_are_none_of_ours(place, tmp_path):
         (folder / "config").mkdir(parents=True)
         (folder / "config/config.yaml").write_text(yaml.safe_dump(SETTINGS))
     (two / "go").touch()
-    first = cluster.start(place, "--directory", str(one), DRAWN)
+    table = ("--slurm-partition-config", str(place / "slurm/config.yaml"))  # relative, it would be sought in there
+    first = cluster.start(place, "--directory", str(one), *table, DRAWN)
     cluster.until(lambda: (one / "results/logs/demo/draw_vases.log").exists(), 90, "a drawing job")
-    cluster.run(place, "--directory", str(two), DRAWN)
+    cluster.run(place, "--directory", str(two), *table, DRAWN)
     assert first.poll() is None
     (one / "go").touch()
     assert first.wait(300) == 0
