@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -282,13 +283,15 @@ CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
 def guard_cluster():
     """Stop before the first job is submitted to Slurm if another controller, its jobs or the profile are in the way."""
     directory, options = Path.cwd(), workflow.executor_settings
-    defaults = workflow.resource_settings.default_resources
-    stated = {name: defaults[name].raw for name in ("slurm_account", "slurm_partition") if name in defaults}
-    table = yaml.safe_load(options.partition_config.read_text())["partitions"] if options.partition_config else {}
     CONTROLLER.enter_context(cluster_guard.only_controller(directory, "snakemake"))
     cluster_guard.refuse_leftovers(directory, Path(workflow.workdir_init))
-    account = None if options.no_account else stated.get("slurm_account")
-    cluster_guard.check_profile(account, [*table, *filter(None, [stated.get("slurm_partition")])])
+    defaults = workflow.resource_settings.default_resources
+    stated = {name: str(defaults[name].raw) for name in ("slurm_account", "slurm_partition") if name in defaults}
+    plain = {name: value for name, value in stated.items() if re.fullmatch(r"[\w.,-]+", value)}  # no expressions
+    account = None if options.no_account else plain.get("slurm_account")
+    file = options.partition_config
+    table = yaml.safe_load(Path(workflow.workdir_init, file).read_text())["partitions"] if file else {}
+    cluster_guard.check_profile(account, [*table, *filter(None, [plain.get("slurm_partition")])])
     if options.status_command == "squeue":
         cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
 
