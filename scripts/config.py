@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from scripts.biomedica.settings import BiomedicaSettings
 from scripts.busi.settings import BusiSettings
@@ -57,6 +57,18 @@ class ResourceClasses(Settings):
         ResourceClass(threads=8, mem_mb=64000, runtime=720, gpu=1),
         description="biomedica's training when it streams; the one class whose nodes must reach the Hugging Face hub",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_top_of_defaults(cls, given):
+        """A class of which some values are given keeps its others, instead of getting those of no class."""
+        if not isinstance(given, Mapping):
+            return given
+        defaults = {name: field.default.model_dump() for name, field in cls.model_fields.items()}
+        return {
+            name: {**defaults[name], **value} if name in defaults and isinstance(value, Mapping) else value
+            for name, value in given.items()
+        }
 
 
 class Config(Settings):

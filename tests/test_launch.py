@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import workflow
 
 from scripts.common import launch, locks
 from scripts.common.errors import KilnError
@@ -452,6 +453,18 @@ def test_classes_become_resources_of_slurm(tmp_path):
     _, said = planned("gpu_nodes")
     assert "'gpu_nodes' is no resource class" in said
     assert "Hint: give one of light, cpu, gpu_single, gpu_node, multi_node, network" in said
+
+
+@pytest.mark.parametrize(("repo", "gpus"), [("some/repo", 3), ("null", 2)])
+def test_both_arms_of_biomedica_are_of_class_network_while_one_streams(tmp_path, repo, gpus):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/a.tar").touch()
+    values = f"biomedica.shards=shards biomedica.remote.repo={repo} biomedica.resources=gpu_node"
+    values += " resources.network.gpu=3 resources.gpu_node.gpu=2"
+    targets = [f"results/biomedica/train_clip/{arm}-42/model.safetensors" for arm in ("hybrid", "local")]
+    ran = workflow.run(ROOT, tmp_path, "--dry-run", "--printshellcmds", "--config", f"set={values}", "--", *targets)
+    asked = re.findall(r"launch --gpus (\d+) .*scripts.biomedica.train_clip", ran.stdout + ran.stderr)
+    assert asked == [str(gpus)] * 2
 
 
 @pytest.mark.slow

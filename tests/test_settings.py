@@ -404,3 +404,13 @@ def test_sections_name_resource_classes():
             assert one in allowed and repr(one) in str(error)
     with pytest.raises(KilnError, match="give one of light, cpu"):
         config.resource_class(config.Config(), "gpu_nodes")
+
+
+def test_a_class_keeps_the_values_that_are_not_given(tmp_path):
+    made = config.load({"set": "resources.multi_node.gpu=4 resources.light.mem_mb=500"}, tmp_path / "none").resources
+    whole = config.Config().resources
+    assert made.multi_node == whole.multi_node.model_copy(update={"gpu": 4})
+    assert made.light == whole.light.model_copy(update={"mem_mb": 500})
+    assert made.cpu == whole.cpu
+    with pytest.raises(KilnError, match="resources.light.memory"):
+        config.load({"set": "resources.light.memory=500"}, tmp_path / "none")
