@@ -33,6 +33,8 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         if self.at is not None and epoch == self.at // 3 and index == next(iter(batches(epoch, self.at % 3)))[0][1]:
+            np.random.rand()  # a save must not know of it
+            torch.rand(1)
             time.sleep(1e6)
         return self.rows[index]
 
@@ -43,7 +45,7 @@ def batches(epoch: int, start: int) -> EpochBatches:
 
 
 def disturb(does: str, state: TrainingState) -> None:
-    if does == "term":
+    if does == "term" and state.rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
     elif does == "like slurm":  # it signals every process of a job, and the launcher passes its own on
         for process in [*multiprocessing.active_children(), multiprocessing.current_process()] * 2:
@@ -107,6 +109,7 @@ def main(_) -> None:
                 loss.backward()
                 if ranks > 1:
                     [dist.all_reduce(p.grad) for p in model.parameters()]
+                    [dist.broadcast(buffer, 0) for buffer in model.buffers()]
                 optimiser.step()
                 done += 1
                 state.checkpoint(done, payload, loss.item())
