@@ -49,6 +49,7 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     ("text", "wanted"),
     [
         ("", []),
+        ("x\nFailed on here: peak memory 3 MB (largest process)\n", ["x"]),
         ("a\nError: old\nHint: old\nb\nError: x\nmore\nHint: y\n", ["Error: x", "more", "Hint: y"]),
         (f"{CHAINED}Error: z\nHint: w\nFailed on here: peak memory 3 MB (largest process)\n", ["Error: z", "Hint: w"]),
         (CHAINED, [*CHAINED.splitlines()[7:12]]),
