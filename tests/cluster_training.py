@@ -28,12 +28,12 @@ SLOWED = """
 _checkpoint = TrainingState.checkpoint
 
 
-def _slowed(self, step, payload):
+def _slowed(self, step, *arguments, **named):
     if "SLURM_JOB_ID" in os.environ:
         with open("steps.txt", "a") as handle:
             print(step, os.environ["SLURM_JOB_ID"], os.getpid(), file=handle)
         time.sleep(0.2)
-    _checkpoint(self, step, payload)
+    _checkpoint(self, step, *arguments, **named)
 
 
 TrainingState.checkpoint = _slowed
