@@ -86,8 +86,13 @@ def steps(results: Path) -> dict[str, int]:
     found = {}
     for path in sorted(results.glob("*/train*/**/metrics.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        name = str(path.parent.relative_to(results))
-        found[name] = metrics.get("steps") or metrics["train"][-1]["step"]
+        made = metrics.get("steps")
+        if made is None and "train" in metrics:
+            made = metrics["train"][-1]["step"]
+        if made is None:
+            record = json.loads(path.with_name("meta.json").read_text(encoding="utf-8"))
+            made = record["items"] / record["settings"]["batch_size"]
+        found[str(path.parent.relative_to(results))] = made
     return found
 
 
