@@ -88,7 +88,7 @@ class Supervision:
             self.heartbeat = Heartbeat(self.folder, step, steps)
             self.heartbeat.write()
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if self.in_job or signal.getsignal(number) is not signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._ask)
         _children.spare(self.in_job)
         if self.stall_seconds is not None:
