@@ -20,10 +20,11 @@ import workflow
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 8
 TARGETS = ("vase_images", "rae", "biomedica")
-# As many jobs as the demo has, each of them shorter: with its data and epochs, two cores need half an hour.
+# The jobs of the demo, each of them shorter, so that two cores can be done in time.
 SHORT = (
     "rae.use=[dinov2] rae.autoencoder.epochs=2 rae.autoencoder.discriminator_start=1 rae.autoencoder.gan_start=1 "
-    "demo.draw.vases=60 vase.classifier.epochs=2 "
+    "demo.draw.vases=60 demo.draw.labelled_vases=60 demo.draw.shared_vases=10 demo.draw.clip_vases=60 "
+    "vase.classifier.epochs=2 "
     "biomedica.plan.epochs=2 biomedica.train.warmup_steps=4 biomedica.compare_seeds=[0]"
 )
 OFTEN = "vase.classifier.save_minutes=0.02 rae.autoencoder.save_minutes=0.02 biomedica.train.save_minutes=0.02"
