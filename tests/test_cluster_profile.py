@@ -68,8 +68,10 @@ def test_short_rules_are_few_jobs_one_of_which_fails_once(tmp_path):
 
 def test_a_training_streams_from_the_hub_that_is_served_beside_it(tmp_path):
     place, local, said = both(tmp_path, STREAMED, BIOMEDICA)
-    made = hashes(place / "results")
-    assert made == hashes(local / "results")
+    made, wanted = hashes(place / "results"), hashes(local / "results")
+    for records in (made, wanted):
+        del records["biomedica/index_local/meta.json"]["shards.parquet"]  # has the times of the drawn files
+    assert made == wanted
     assert json.loads((place / STREAMED).with_name("meta.json").read_text())["reading"]["bytes"] > 0
     # Hub and training are one job; the hub of the local rule is served where Snakemake runs.
     assert workflow.finished(said)["demo_serve_hub"] == 2
