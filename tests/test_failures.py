@@ -16,7 +16,7 @@ import workflow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.common import failures
+from scripts.common import failures, log_text, slurm
 
 CHAINED = """\
 12:00:00 begun
@@ -60,13 +60,13 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     ],
 )
 def test_the_last_thing_said_is_shown(text, wanted):
-    assert failures.excerpt(text) == wanted
+    assert log_text.excerpt(text) == wanted
 
 
 def test_a_long_traceback_is_bounded_and_keeps_its_ends():
     frames = [f'  File "a.py", line {n}, in f' for n in range(500)]
-    shown = failures.excerpt("\n".join(["Traceback (most recent call last):", *frames, "E: " + "x" * 10_000]))
-    assert len(shown) == failures.LINES + 1 and max(map(len, shown)) < failures.WIDTH + 10
+    shown = log_text.excerpt("\n".join(["Traceback (most recent call last):", *frames, "E: " + "x" * 10_000]))
+    assert len(shown) == log_text.LINES + 1 and max(map(len, shown)) < log_text.WIDTH + 10
     assert shown[0].startswith("Traceback") and shown[-1].startswith("E: xx") and "472 lines" in shown[1]
 
 
@@ -108,10 +108,10 @@ SACCT = """\
 
 def test_what_slurm_says_is_read():
     told = {"state": "FAILED", "signal": 9, "node": "node2", "partition": "cpu", "account": "ml", "limit": "04:00:00"}
-    assert failures.parse_scontrol(SCONTROL) == told | {"asked_mb": 700.0}
-    assert failures.parse_sacct(SACCT, "7") == told | {"asked_mb": 700.0, "peak_mb": 135.5 + 1.2 * 1024}
-    assert failures.parse_sacct("", "7") == failures.parse_scontrol("slurm_load_jobs error") == {}
-    assert failures.parse_sacct("7|CANCELLED by 1000|0:0|None assigned||||||1Tn|", "7")["state"] == "CANCELLED"
+    assert slurm.parse_scontrol(SCONTROL) == told | {"asked_mb": 700.0}
+    assert slurm.parse_sacct(SACCT, "7") == told | {"asked_mb": 700.0, "peak_mb": 135.5 + 1.2 * 1024}
+    assert slurm.parse_sacct("", "7") == slurm.parse_scontrol("slurm_load_jobs error") == {}
+    assert slurm.parse_sacct("7|CANCELLED by 1000|0:0|None assigned||||||1Tn|", "7")["state"] == "CANCELLED"
 
 
 def info(number: int, rule: str, **more) -> dict:
@@ -297,12 +297,12 @@ def test_a_report_that_goes_wrong_hides_nothing(tmp_path):
 @given(text=st.text() | st.binary().map(lambda b: b.decode("latin1")), number=st.text(max_size=3))
 def test_any_text_is_read(text, number):
     for given_ in (text, f"{CHAINED}{text}", f"Error: {text}", f"[rank0]: {text}Traceback (most recent call last):"):
-        assert all(len(line) < failures.WIDTH + 10 for line in failures.excerpt(given_))
-    failures.parse_scontrol(text)
-    failures.parse_scontrol(f"ExitCode={text} MinMemoryNode={text}")
-    failures.parse_sacct(text, number)
-    failures.parse_sacct(f"{number}|{text}|{text}\n{number}.0||||||||||{text}", number)
-    failures.hide_secrets(text, {"HF_TOKEN": number, "A_SECRET": text})
+        assert all(len(line) < log_text.WIDTH + 10 for line in log_text.excerpt(given_))
+    slurm.parse_scontrol(text)
+    slurm.parse_scontrol(f"ExitCode={text} MinMemoryNode={text}")
+    slurm.parse_sacct(text, number)
+    slurm.parse_sacct(f"{number}|{text}|{text}\n{number}.0||||||||||{text}", number)
+    log_text.hide_secrets(text, {"HF_TOKEN": number, "A_SECRET": text})
     known = failures.Failure("r", {}, 1, 0.0, {}, 1, text, text, [], None, job="7")
     failures.by_hand(known, {}, Path("/"))
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from scripts.common import training_state
 from scripts.common.data_order import EpochBatches, epoch_order, item_seed
 from scripts.common.errors import KilnError
-from scripts.common.training_state import OutOfTime, TrainingState, fingerprint
+from scripts.common.fingerprint import fingerprint
+from scripts.common.training_state import OutOfTime, TrainingState
 
 ROOT = Path(__file__).resolve().parents[1]
 PRINT = fingerprint({"lr": 0.1}, {"data": "00"}, "c0de")

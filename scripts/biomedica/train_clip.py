@@ -37,8 +37,9 @@ from scripts.biomedica.settings import (
 from scripts.biomedica.training import KS, Fit, Loader, Validation
 from scripts.common import artefacts, devices, plots, preflight, step, tables, trackers
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import KEEP, TrainingState, fingerprint
+from scripts.common.training_state import KEEP, TrainingState
 
 INDEX = pa.schema([("name", pa.string()), *((name, pa.int64()) for name in ("bytes", *COUNTS))])
 NO_NETWORK = (

@@ -21,11 +21,11 @@ from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import TrainLoraSettings
 from scripts.common import artefacts, devices, model_folders, plots, preflight, step, trackers, vlm
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind
 from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
 from scripts.common.trainer_log import Log, history
-from scripts.common.training_state import fingerprint
 
 
 def load_base(values: TrainLoraSettings, family: vlm.Family, folder: Path, dtype: torch.dtype, quantised: bool, device):

@@ -26,9 +26,9 @@ from scripts.coca.slide_model import encoder_shape
 from scripts.coca.slides import SlideFile, open_listed, read_tiles
 from scripts.common import artefacts, devices, parts, step, tables
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.listed_images import unwrapped
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import fingerprint
 
 COLUMNS = ["slide", "path", "tiles", "dim", "key"]
 SLAB_BYTES = 4 * 2**20  # workers hand slabs over in shared memory, of which a container has 64 MiB

@@ -21,8 +21,9 @@ from scripts.coca.slide_model import SlideModel
 from scripts.coca.training import KS, Fit, check_batches
 from scripts.common import artefacts, devices, plots, preflight, step, trackers
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import KEEP, TrainingState, fingerprint
+from scripts.common.training_state import KEEP, TrainingState
 
 SIDES = ("train", "validation")
 

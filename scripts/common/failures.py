@@ -12,27 +12,19 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.common import slurm
+from scripts.common.log_text import OWN_LINE, SLURM_SAYS, TRACEBACK, WIDTH, excerpt, hide_secrets, slurm_words, tail
+
 IN_FULL = 5  # failed rules; of the others a line each
-LINES, WIDTH = 30, 300  # of an excerpt of a log
-TAIL_BYTES = 200_000  # of a log that are looked at
-ASK_SECONDS = 20
 NEAR = 0.9  # of the memory asked for, from which a killed job probably ran out of it
 
-_TRACEBACK = "Traceback (most recent call last):"
 _STATUS = re.compile(r"returned non-zero exit status (\d+)")
-_TOLD = re.compile(r"^Failed on (\S+?)(?:, Slurm job (\d+))?: peak memory (\d+) MB", re.M)
 _TORCHRUN = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")
-_SLURM_SAYS = re.compile(r"^(?:slurmstepd\S*|srun): error: .*", re.M)
 _NO_MEMORY = re.compile(r"exceeded (?:step|job|memory)[ \w]*limit|oom.?kill", re.I)
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.I)
-_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
-_SACCT = ("JobIDRaw", "State", "ExitCode", "NodeList", "Partition", "Account", "QOS", "Elapsed", "Timelimit", "ReqMem",
-          "MaxRSS")  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -122,7 +114,7 @@ class Watch(logging.Handler):
             group=group,
         )
         if job:
-            failure.slurm = self._asking.submit(ask_controller, job)
+            failure.slurm = self._asking.submit(slurm.ask_controller, job)
         else:
             failure.status = self._status.pop(facts["thread"], None)
         self.failed.pop(number, None)
@@ -150,7 +142,7 @@ def _who_failed(failures: list[Failure]) -> list[Failure]:
         if group[0] is None:
             kept += members
             continue
-        text = _tail(members[0].logs[-1]) if members[0].logs else ""
+        text = tail(members[0].logs[-1]) if members[0].logs else ""
         blamed = [m for m in members if f"Error in rule {m.rule}:" in text and ", ".join(m.outputs) in text]
         # One that was killed could not be blamed: it is the last that wrote to its log.
         kept += blamed or [max(members, key=lambda m: max((_written(log) for log in m.logs[:1]), default=0.0))]
@@ -176,31 +168,31 @@ def _in_a_line(failure: Failure) -> str:
 
 
 def _in_full(failure: Failure, folder: Path) -> str:
-    slurm = ask_accounting(failure.job) | failure.slurm.result() if failure.job and failure.slurm else {}
+    known = slurm.ask_accounting(failure.job) | failure.slurm.result() if failure.job and failure.slurm else {}
     text = _log_text(failure)
-    machine = _tail(failure.logs[-1]) if failure.job and failure.logs else ""  # what Slurm and Snakemake say there
+    machine = tail(failure.logs[-1]) if failure.job and failure.logs else ""  # what Slurm and Snakemake say there
     job = f", Slurm job {failure.job}" if failure.job else ""
     group = f" of group {failure.group}" if failure.group else ""
-    places = [found for found in _TOLD.finditer(text) if found[2] == (failure.job or found[2])]
-    node = slurm.get("node") or (places[-1][1] if places else None if failure.job else socket.gethostname())
-    state = slurm.get("state")
+    places = [found for found in OWN_LINE.finditer(text) if found[2] == (failure.job or found[2])]
+    node = known.get("node") or (places[-1][1] if places else None if failure.job else socket.gethostname())
+    state = known.get("state")
     status = failure.status
     if status is None and (statuses := _STATUS.findall(machine)):
         status = int(statuses[-1])
-    number = slurm.get("signal") or (status - 128 if status and 128 < status < 128 + signal.NSIG else None)
+    number = known.get("signal") or (status - 128 if status and 128 < status < 128 + signal.NSIG else None)
     if number is None and (killed := _TORCHRUN.findall(text)):
         number = int(killed[-1])
-    peaks = [*(float(found[3]) for found in places), slurm.get("peak_mb", 0.0)]
+    peaks = [*(float(found[3]) for found in places), known.get("peak_mb", 0.0)]
     peak = max(peaks) or None
-    asked = slurm.get("asked_mb") or failure.asked.get("mem_mb")
+    asked = known.get("asked_mb") or failure.asked.get("mem_mb")
     asked = float(asked) if isinstance(asked, int | float) else None
-    said, words = excerpt(text), _slurm_words(machine)
-    if said and (said[0].startswith("Error: ") or said[0].endswith(_TRACEBACK)) and not _near(peak, asked):
+    said, words = excerpt(text), slurm_words(machine)
+    if said and (said[0].startswith("Error: ") or said[0].endswith(TRACEBACK)) and not _near(peak, asked):
         number = None  # the other processes are killed when one has failed
     ended = f": {state}" if state else ""
-    if state == "FAILED" and _NO_MEMORY.search("\n".join(_SLURM_SAYS.findall(machine))):
+    if state == "FAILED" and _NO_MEMORY.search("\n".join(SLURM_SAYS.findall(machine))):
         state = "OUT_OF_MEMORY"  # as clusters without cgroups do not call it
-    why = reason(state, number, peak, asked, slurm.get("limit") or _minutes(failure.asked.get("runtime")))
+    why = reason(state, number, peak, asked, known.get("limit") or _minutes(failure.asked.get("runtime")))
     memory = f"peak {peak:.0f} MB" if peak is not None else "peak unknown"
     lines = [
         f"{failure.name}{group}" + (f", attempt {failure.attempt}" if failure.attempt > 1 else ""),
@@ -219,7 +211,7 @@ def _in_full(failure: Failure, folder: Path) -> str:
         lines.append("  its log says nothing")
     lines += [f"    {line}" for line in words if line not in said]
     lines += [f"  log: {log}" for log in failure.logs]
-    if command := by_hand(failure, slurm, folder):
+    if command := by_hand(failure, known, folder):
         lines.append(f"  by hand:\n{command}")
     return "\n".join(lines)
 
@@ -261,61 +253,8 @@ def _signals() -> set[int]:
     return {int(one) for one in signal.Signals}
 
 
-def excerpt(text: str) -> list[str]:
-    """The last thing that a step's log says was wrong: its `Error:` and `Hint:`, or traceback, or last lines."""
-    lines = [_plain(line) for line in re.split(r"[\r\n]+", text)]
-    lines = [line for line in lines if line.strip() and not _TOLD.match(line)]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("Error: "):
-            end = next((i for i in range(index, len(lines)) if lines[i].startswith("Hint: ")), len(lines) - 1)
-            return _bounded(lines[index : end + 1])
-        if lines[index].endswith(_TRACEBACK):
-            trace = _traceback(lines[index:])
-            # torchrun's own, which follows that of the process that failed
-            if not any("ChildFailedError" in line for line in trace):
-                return _bounded(trace)
-    return _bounded(lines[-10:])
-
-
-def _traceback(lines: Sequence[str]) -> list[str]:
-    """A traceback from its first line on to the end of the exception's message, as far as that is indented."""
-    rank = re.match(r"\[rank\d+\]: ?", lines[0])  # torch's mark of several processes
-    inner = [line[len(rank[0]) :] if rank and line.startswith(rank[0]) else line for line in lines]
-    end = 1
-    while end < len(inner) and inner[end][:1].isspace():
-        end += 1
-    while end + 1 < len(inner) and inner[end + 1][:1].isspace():
-        end += 1
-    return list(lines[: end + 1])
-
-
-def _bounded(lines: Sequence[str]) -> list[str]:
-    shown = [line if len(line) <= WIDTH else f"{line[:WIDTH]}..." for line in lines]
-    if len(shown) <= LINES:
-        return shown
-    return [shown[0], f"... {len(shown) - LINES} lines left out ...", *shown[1 - LINES :]]
-
-
-def _plain(line: str) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", line).rstrip()
-
-
-def _slurm_words(text: str) -> list[str]:
-    """The last things that Slurm itself wrote into a job's output."""
-    return _bounded(list(dict.fromkeys(_plain(line) for line in _SLURM_SAYS.findall(text)))[-4:])
-
-
 def _log_text(failure: Failure) -> str:
-    return _tail(failure.logs[0]) if failure.logs else ""
-
-
-def _tail(path: str) -> str:
-    try:
-        with Path(path).open("rb") as handle:
-            handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL_BYTES))
-            return handle.read().decode(errors="replace")
-    except OSError:  # it may never have been written
-        return ""
+    return tail(failure.logs[0]) if failure.logs else ""
 
 
 def _written(path: str) -> float:
@@ -325,7 +264,7 @@ def _written(path: str) -> float:
         return 0.0
 
 
-def by_hand(failure: Failure, slurm: Mapping[str, Any], folder: Path) -> str | None:
+def by_hand(failure: Failure, known: Mapping[str, Any], folder: Path) -> str | None:
     """One shell command that runs the failed step again as Snakemake did: in its folder, environment and allocation."""
     if not failure.command:
         return None
@@ -339,7 +278,7 @@ def by_hand(failure: Failure, slurm: Mapping[str, Any], folder: Path) -> str | N
     if failure.job:
         if not _is_simple(command):
             command = f"bash -c {shlex.quote(command)}"
-        command = f"{_allocation(failure, slurm)} {command}"
+        command = f"{_allocation(failure, known)} {command}"
     return " && ".join([*start, command])
 
 
@@ -359,12 +298,12 @@ def _is_simple(command: str) -> bool:
     return words[:1] == ["env"] and "\n" not in command and not any(set(word) <= set("();<>|&$`") for word in words)
 
 
-def _allocation(failure: Failure, slurm: Mapping[str, Any]) -> str:
+def _allocation(failure: Failure, known: Mapping[str, Any]) -> str:
     asked = failure.asked
     nodes, tasks = asked.get("nodes") or 1, asked.get("tasks") or 1
     options = {
-        "partition": slurm.get("partition") or asked.get("slurm_partition"),
-        "account": slurm.get("account") or asked.get("slurm_account"),
+        "partition": known.get("partition") or asked.get("slurm_partition"),
+        "account": known.get("account") or asked.get("slurm_account"),
         "qos": asked.get("qos"),
         "constraint": asked.get("constraint"),
         "nodes": nodes,
@@ -381,85 +320,5 @@ def _allocation(failure: Failure, slurm: Mapping[str, Any]) -> str:
     return " ".join(["salloc" if nodes > 1 or asked.get("mpi") else "srun", *flags, *extra])
 
 
-def ask_controller(job: str) -> dict[str, Any]:
-    """What Slurm's controller knows of a job, which is nothing some minutes after its end.
-
-    Keys, each only where it is known: state, signal, node, partition, account, limit (words), asked_mb.
-    """
-    return parse_scontrol(_ask("scontrol", "show", "job", "--oneliner", job))
-
-
-def ask_accounting(job: str) -> dict[str, Any]:
-    """What Slurm's accounting knows of a job, where there is any; keys as of `ask_controller`, and peak_mb."""
-    command = ("sacct", "--parsable2", "--noheader", "--units=M", f"--format={','.join(_SACCT)}", f"--jobs={job}")
-    return parse_sacct(_ask(*command), job)
-
-
-def _ask(*command: str) -> str:
-    try:
-        answer = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=ASK_SECONDS)
-    except (OSError, subprocess.SubprocessError):  # not installed, no accounting, or the job is forgotten
-        return ""
-    return answer.decode(errors="replace")
-
-
-def parse_scontrol(text: str) -> dict[str, Any]:
-    """The facts in a line of `scontrol show job --oneliner`; keys as of `ask_controller`."""
-    fields = dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(\S+)", text))
-    mine = {
-        "state": fields.get("JobState"),
-        "signal": _signal(fields.get("ExitCode", "")),
-        "node": fields.get("NodeList"),
-        "partition": fields.get("Partition"),
-        "account": fields.get("Account"),
-        "limit": fields.get("TimeLimit"),
-        "asked_mb": _megabytes(fields.get("MinMemoryNode", "")),
-    }
-    return {key: value for key, value in mine.items() if value and value != "(null)"}
-
-
-def parse_sacct(text: str, job: str) -> dict[str, Any]:
-    """The facts in what `sacct --parsable2` prints in the columns that `ask_accounting` asks for; keys as there.
-
-    A job's peak is the sum over its steps: Snakemake's own, which stays, and the rule's.
-    """
-    rows = [dict(zip(_SACCT, line.split("|"), strict=False)) for line in text.splitlines()]
-    rows = [row for row in rows if row["JobIDRaw"].split(".")[0] == job]
-    whole = next((row for row in rows if row["JobIDRaw"] == job), {})
-    peaks = [_megabytes(row.get("MaxRSS", "")) or 0.0 for row in rows if row is not whole]
-    mine = {
-        "state": whole.get("State", "").split(" ")[0],  # it may go on: CANCELLED by 1000
-        "signal": max((_signal(row.get("ExitCode", "")) or 0 for row in rows), default=0),
-        "node": whole.get("NodeList"),
-        "partition": whole.get("Partition"),
-        "account": whole.get("Account"),
-        "limit": whole.get("Timelimit"),
-        "asked_mb": _megabytes(whole.get("ReqMem", "")),
-        "peak_mb": sum(peaks),
-    }
-    return {key: value for key, value in mine.items() if value}
-
-
-def _signal(exit_code: str) -> int | None:
-    found = re.fullmatch(r"\d+:(\d+)", exit_code)
-    return int(found[1]) or None if found else None
-
-
-def _megabytes(text: str) -> float | None:
-    found = re.fullmatch(r"([\d.]+)([KMGT]?)[nc]?", text)
-    try:
-        return float(found[1]) * 1024.0 ** ("KMGT".index(found[2] or "M") - 1) if found else None
-    except ValueError:  # several dots
-        return None
-
-
 def _minutes(value: Any) -> str | None:
     return f"{value} minutes" if isinstance(value, int | float) else None
-
-
-def hide_secrets(text: str, environment: Mapping[str, str]) -> str:
-    """`text` without the values of tokens and passwords in `environment`, and without what looks like one."""
-    for name, value in environment.items():
-        if _SECRET_NAME.search(name) and not name.endswith(("_PATH", "_FILE", "_DIR")) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return _SECRET_TEXT.sub("***", text)

@@ -4,13 +4,15 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scripts.common.errors import KilnError
 
 SECONDS = 60  # Slurm's commands themselves wait for a slurmctld that restarts, for less than this
 _LOGS = "/.snakemake/slurm_logs/"
 _FIELDS = ("JobID", "State", "Reason", "NodeList", "WorkDir", "StdOut", "Comment")
+_SACCT = ("JobIDRaw", "State", "ExitCode", "NodeList", "Partition", "Account", "QOS", "Elapsed", "Timelimit", "ReqMem",
+          "MaxRSS")  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -82,6 +84,70 @@ def min_job_age() -> int | None:
     """Seconds for which squeue still shows a job that has ended; None if Slurm does not say."""
     found = re.search(r"^MinJobAge\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE)
     return int(found[1]) if found else None
+
+
+def ask_controller(job: str) -> dict[str, Any]:
+    """What Slurm's controller knows of a job, which is nothing some minutes after its end.
+
+    Keys, each only where it is known: state, signal, node, partition, account, limit (words), asked_mb.
+    """
+    return parse_scontrol(_run(["scontrol", "show", "job", "--oneliner", job]).stdout)
+
+
+def ask_accounting(job: str) -> dict[str, Any]:
+    """What Slurm's accounting knows of a job, where there is any; keys as of `ask_controller`, and peak_mb."""
+    command = ["sacct", "--parsable2", "--noheader", "--units=M", f"--format={','.join(_SACCT)}", f"--jobs={job}"]
+    return parse_sacct(_run(command).stdout, job)
+
+
+def parse_scontrol(text: str) -> dict[str, Any]:
+    """The facts in a line of `scontrol show job --oneliner`; keys as of `ask_controller`."""
+    fields = dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(\S+)", text))
+    mine = {
+        "state": fields.get("JobState"),
+        "signal": _signal(fields.get("ExitCode", "")),
+        "node": fields.get("NodeList"),
+        "partition": fields.get("Partition"),
+        "account": fields.get("Account"),
+        "limit": fields.get("TimeLimit"),
+        "asked_mb": _megabytes(fields.get("MinMemoryNode", "")),
+    }
+    return {key: value for key, value in mine.items() if value and value != "(null)"}
+
+
+def parse_sacct(text: str, job: str) -> dict[str, Any]:
+    """The facts in what `sacct --parsable2` prints in the columns that `ask_accounting` asks for; keys as there.
+
+    A job's peak is the sum over its steps: Snakemake's own, which stays, and the rule's.
+    """
+    rows = [dict(zip(_SACCT, line.split("|"), strict=False)) for line in text.splitlines()]
+    rows = [row for row in rows if row["JobIDRaw"].split(".")[0] == job]
+    whole = next((row for row in rows if row["JobIDRaw"] == job), {})
+    peaks = [_megabytes(row.get("MaxRSS", "")) or 0.0 for row in rows if row is not whole]
+    mine = {
+        "state": whole.get("State", "").split(" ")[0],  # it may go on: CANCELLED by 1000
+        "signal": max((_signal(row.get("ExitCode", "")) or 0 for row in rows), default=0),
+        "node": whole.get("NodeList"),
+        "partition": whole.get("Partition"),
+        "account": whole.get("Account"),
+        "limit": whole.get("Timelimit"),
+        "asked_mb": _megabytes(whole.get("ReqMem", "")),
+        "peak_mb": sum(peaks),
+    }
+    return {key: value for key, value in mine.items() if value}
+
+
+def _signal(exit_code: str) -> int | None:
+    found = re.fullmatch(r"\d+:(\d+)", exit_code)
+    return int(found[1]) or None if found else None
+
+
+def _megabytes(text: str) -> float | None:
+    found = re.fullmatch(r"([\d.]+)([KMGT]?)[nc]?", text)
+    try:
+        return float(found[1]) * 1024.0 ** ("KMGT".index(found[2] or "M") - 1) if found else None
+    except ValueError:  # several dots
+        return None
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:

@@ -24,19 +24,13 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from scripts.common.artefacts import explain_os_error, sha256_text
+from scripts.common.artefacts import explain_os_error
 from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
-from scripts.common.settings import to_json
 from scripts.common.step import log
 from scripts.common.supervision import CARRY_ON, Supervision, deadline
 
 KEEP = 2
-
-
-def fingerprint(numerics: Mapping[str, Any], inputs: Mapping[str, str], code: str) -> str:
-    """Name of the state folder: hex digest of settings, {input: sha256} and the code key."""
-    return sha256_text(to_json(dict(numerics)), to_json(dict(inputs)), code)[:16]
 
 
 def rng_state() -> dict[str, Any]:
@@ -70,7 +64,7 @@ class TrainingState:
 
     Args:
         root: the rule's state folder; the state lies in `root/<fingerprint>`.
-        fingerprint: from `fingerprint`.
+        fingerprint: from `scripts.common.fingerprint`.
         rank, ranks: this process and how many there are.
         barrier: waits for all processes; needed with several.
         save_minutes: time between saves.

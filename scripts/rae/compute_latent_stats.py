@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from scripts.common import devices, model_folders, parts, step
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import fingerprint
 from scripts.rae import arrow, latent_stats, pictures
 from scripts.rae.encoder import Encoder
 from scripts.rae.grid import decoder_patch

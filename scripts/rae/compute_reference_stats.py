@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from scripts.common import artefacts, devices, parts, step
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import fingerprint
 from scripts.rae import evaluation, fid, latent_stats, pictures, quality
 from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.settings import EvaluateSettings

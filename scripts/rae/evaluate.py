@@ -18,8 +18,8 @@ from pathlib import Path
 
 from scripts.common import artefacts, devices, model_folders, step
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import of_kind
-from scripts.common.training_state import fingerprint
 from scripts.rae import checkpoints, compute_reference_stats, evaluation, extractors, reconstruct, scores
 from scripts.rae.perceptual import Lpips
 from scripts.rae.reconstruct import ReconstructSettings

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from scripts.common import devices, model_folders, parts, step, tables
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import fingerprint
 from scripts.rae import checkpoints, evaluation, fid, pictures, quality
 from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.perceptual import Lpips

@@ -13,8 +13,9 @@ import torch
 
 from scripts.common import artefacts, devices, model_folders, plots, preflight, step, trackers
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import KEEP, TrainingState, fingerprint
+from scripts.common.training_state import KEEP, TrainingState
 from scripts.rae import arrow, checkpoints, latent_stats, published
 from scripts.rae.autoencoder_training import (
     Fit,

@@ -20,9 +20,9 @@ import torch
 
 from scripts.common import artefacts, devices, model_folders, progress, step, tables
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
-from scripts.common.training_state import fingerprint
 from scripts.vase import generation
 from scripts.vase.settings import CAPTION, VlmSettings, VqaPredictSettings
 from scripts.vase.shuffled_images import with_other_images

@@ -26,8 +26,9 @@ from scripts.common import (
     trivial,
 )
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import of_kind
-from scripts.common.training_state import KEEP, TrainingState, fingerprint
+from scripts.common.training_state import KEEP, TrainingState
 from scripts.vase import classifier
 from scripts.vase.classifier_training import Fit, LabelledImages, build_model, predict
 from scripts.vase.settings import ClassifierSettings

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.common import artefacts, devices, model_folders, step
+from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
 from scripts.common.trainer_checkpoints import newest_complete
-from scripts.common.training_state import fingerprint
 from scripts.vase import reward_plugin, swift_flags, swift_training
 from scripts.vase.settings import GrpoSettings, RewardSettings, VlmSettings
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from scripts.common import devices, model_folders, step
 from scripts.common.errors import KilnError
+from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
 from scripts.common.trainer_checkpoints import MARK, checkpoints
-from scripts.common.training_state import fingerprint
 from scripts.vase import swift_flags, swift_training
 from scripts.vase.settings import SftSettings, VlmSettings
 
