@@ -29,7 +29,7 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
-from scripts.common import cluster_guard
+from scripts.common import cluster_guard, spent
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
@@ -320,6 +320,11 @@ onstart:
     write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
 
 
+onsuccess:
+    spent.sweep(Path(STATE))
+
+
 onerror:
+    spent.sweep(Path(STATE))
     if FAILURES.failed:
         logger.error(f"\n{FAILURES.report(Path.cwd())}\n")

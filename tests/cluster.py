@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from workflow import copy_checkout, edit
 
 T = TypeVar("T")
-POLL = 1  # seconds until Snakemake first looks at a job; it adds ten to each look at which none has ended
+SNAKEMAKE = Path(__file__).parent / "slurm/snakemake_asking_often.py"
 
 
 class Job(NamedTuple):
@@ -28,7 +28,7 @@ def checkout(folder: Path) -> Path:
     copy_checkout(folder)
     profile = folder / "slurm/config.yaml"
     edit(profile, "software-deployment-method: conda\n", "")
-    edit(profile, "slurm-init-seconds-before-status-checks: 40", f"slurm-init-seconds-before-status-checks: {POLL}")
+    edit(profile, "slurm-init-seconds-before-status-checks: 40", "slurm-init-seconds-before-status-checks: 1")
     edit(profile, "latency-wait: 60", "latency-wait: 5")
     return folder
 
@@ -38,7 +38,7 @@ def start(place: Path, *arguments: str, log: Path | None = None, before: tuple[s
 
     `before` is a command that takes this one as its last arguments, and runs it.
     """
-    command = [*before, sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
+    command = [*before, sys.executable, str(SNAKEMAKE), "--profile", "slurm", *arguments]
     with (log or place / "snakemake.log").open("a") as handle:
         return subprocess.Popen(
             command, cwd=place, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0

@@ -17,6 +17,7 @@ import workflow
 
 ENCODER = "dinov2"
 STEPS = 60
+MINUTES = 4  # of a job's first attempt
 FOLDER = f"results/rae/train_autoencoder/{ENCODER}"
 TARGET = f"{FOLDER}/meta.json"
 STATE = f"results/state/rae/train_autoencoder/{ENCODER}"
@@ -73,7 +74,7 @@ def build(root: Path) -> None:
     place = cluster.checkout(root / "place")
     state = place / "scripts/common/training_state.py"
     state.write_text(state.read_text() + SLOWED)
-    one = {"threads": 1, "mem_mb": 2400, "runtime": 2}
+    one = {"threads": 1, "mem_mb": 2400, "runtime": MINUTES}
     autoencoder = rae_fixtures.TRAIN["autoencoder"] | {"epochs": 15, "save_minutes": 0.01, "sample_every": 0}
     rae = {
         **rae_fixtures.TRAIN, "autoencoder": autoencoder | {"rfid": {"every_n_steps": 0, "every_epoch": False}},
@@ -144,11 +145,19 @@ def facts(job: str, what: str) -> str:
     return cluster.ask("squeue", "--noheader", "--states", "all", "--jobs", job, "--format", what).strip()
 
 
-def check(prepared: Prepared, place: Path, runs: int = 2, redone: int = 12) -> list[str]:
+def text_of_training(place: Path) -> str:
+    """The training's log."""
+    return (place / f"results/logs/rae/train_autoencoder/{ENCODER}.log").read_text()
+
+
+def check(prepared: Prepared, place: Path, runs: int | None = 2, redone: int = 12) -> list[str]:
     """The training came out as if nothing had been: same bytes, nothing left behind, at most `redone` steps twice.
 
+    Args:
+        runs: in how many processes steps were made; None: one or two.
+
     Returns:
-        The jobs of its `runs` runs.
+        The job of each.
     """
     out = place / FOLDER
     expected = json.loads((prepared.expected / "meta.json").read_text())["outputs"]
@@ -159,12 +168,12 @@ def check(prepared: Prepared, place: Path, runs: int = 2, redone: int = 12) -> l
     assert not (place / STATE).exists()
     steps = made(place)
     processes = list(dict.fromkeys((step.job, step.pid) for step in steps))
-    assert len(processes) == runs, processes
+    assert len(processes) == runs or (runs is None and len(processes) < 3), processes
     assert {step.number for step in steps} == set(range(1, STEPS + 1))
     assert len(steps) - STEPS <= redone, steps
-    text = (place / f"results/logs/rae/train_autoencoder/{ENCODER}.log").read_text()
-    resumed = re.findall(r"resumed from \S+/step-(\d+)", text)
-    assert [int(one) > 0 for one in resumed] == ([True] if runs > 1 else [])
+    if runs:
+        resumed = re.findall(r"resumed from \S+/step-(\d+)", text_of_training(place))
+        assert [int(one) > 0 for one in resumed] == ([True] if runs > 1 else [])
     return [job for job, _ in processes]
 
 

@@ -7,6 +7,7 @@ import cluster
 import pytest
 from cluster_training import (
     FOLDER,
+    MINUTES,
     SECONDS,
     STATE,
     TARGET,
@@ -21,6 +22,7 @@ from cluster_training import (
     made,
     prepare,
     saved,
+    text_of_training,
 )
 from workflow import edit
 
@@ -36,6 +38,12 @@ def prepared(tmp_path_factory):
     return prepare(tmp_path_factory)
 
 
+def slow_first_run(place: Path, seconds: float) -> None:
+    """Let each step of the first process that trains, not of later ones, take so long."""
+    later = "len({line.split()[2] for line in open('steps.txt')}) > 1"
+    edit(place / "scripts/common/training_state.py", "time.sleep(0.2)", f"time.sleep(0.2 if {later} else {seconds})")
+
+
 def test_a_cancelled_job_carries_on(prepared, tmp_path):
     place = copy(prepared, tmp_path)
     with controlled(place) as snakemake:
@@ -47,18 +55,29 @@ def test_a_cancelled_job_carries_on(prepared, tmp_path):
 
 
 def test_a_job_at_its_time_limit_carries_on_and_gets_more(prepared, tmp_path):
-    """The limit is brought forward, so that Slurm and not the training's own budget ends the job."""
+    """The limit is lowered below what the training knows of, so that Slurm ends the job."""
     place = copy(prepared, tmp_path)
-    edit(place / "scripts/common/training_state.py", "time.sleep(0.2)", "time.sleep(0.2 if step > 50 else 1)")
+    slow_first_run(place, 2)
     with controlled(place) as snakemake:
         job = saved(place, 3)
-        cluster.ask("scontrol", "update", f"jobid={job.id}", "endtime=now")
+        cluster.ask("scontrol", "update", f"jobid={job.id}", "timelimit=1")
         cluster.until(lambda: facts(job.id, "%T") == "TIMEOUT", SECONDS, "the time limit")
-        edit(place / "scripts/common/training_state.py", "step > 50 else 1", "True else 1")
         complete(place, snakemake)
     first, second = check(prepared, place)
     assert first == job.id
-    assert facts(second, "%l") == "4:00"
+    assert facts(second, "%l") == f"{2 * MINUTES}:00"
+
+
+def test_a_training_saves_before_its_time_is_up(prepared, tmp_path):
+    place = copy(prepared, tmp_path)
+    slow_first_run(place, 1.2)
+    classes = place / "config/config.yaml"
+    classes.write_text(classes.read_text().replace(f'"runtime": {MINUTES}', '"runtime": 1'))
+    edit(place / "config/config.yaml", '"save_minutes": 0.01', '"save_minutes": 10')
+    with controlled(place) as snakemake:
+        complete(place, snakemake)
+    first, second = check(prepared, place, redone=0)
+    assert facts(second, "%l") == "2:00"
 
 
 def test_a_job_over_its_memory_carries_on_with_more(prepared, tmp_path):
@@ -82,8 +101,24 @@ def test_a_requeued_job_carries_on(prepared, tmp_path):
     assert check(prepared, place) == [job.id, job.id]
 
 
+def test_a_job_that_ends_after_its_training_and_before_its_time_trains_no_more(prepared, tmp_path):
+    """Slurm may end a job between the step's last act and its own: what the job made is then deleted."""
+    place = copy(prepared, tmp_path)
+    step = place / "scripts/rae/train_autoencoder.py"
+    edit(step, "state.remove(args.meta)", "state.remove(args.meta); __import__('time').sleep(15)")
+    with controlled(place) as snakemake:
+        job = saved(place)
+        cluster.until((place / TARGET).exists, SECONDS, "the end of the training")
+        cluster.ask("scontrol", "requeue", job.id)
+        cluster.until(lambda: not (place / TARGET).exists(), SECONDS, "the end of what the job made")
+        complete(place, snakemake)
+    assert set(check(prepared, place, runs=None)) == {job.id}
+    assert text_of_training(place).count("resumed from") == 1
+
+
 def test_a_preempted_job_is_requeued_and_carries_on(prepared, tmp_path):
     place = copy(prepared, tmp_path)
+    slow_first_run(place, 1.2)
     with controlled(place, "--set-resources", "rae_train_autoencoder:slurm_partition=preempt") as snakemake:
         job = saved(place)
         taken = cluster.ask("squeue", "--noheader", "--nodelist", job.node, "--states", "running", "--format", "%C")
@@ -91,8 +126,7 @@ def test_a_preempted_job_is_requeued_and_carries_on(prepared, tmp_path):
         cluster.ask("sbatch", "--partition=cpu", f"--nodelist={job.node}", f"--cpus-per-task={8 - others}", "--mem=10",
                     "--output=/dev/null", "--wrap=sleep 3")  # fmt: skip
         complete(place, snakemake)
-    jobs = check(prepared, place, redone=30)
-    assert jobs == [job.id, job.id]
+    assert check(prepared, place) == [job.id, job.id]
 
 
 def test_a_full_disk_is_named_and_once_there_is_room_the_same_command_carries_on(prepared, tmp_path):
@@ -124,6 +158,11 @@ def show_late(place: Path, view: Path) -> None:
     cluster.ask("cp", "--archive", "--link", "--no-clobber", f"{place}/.", str(view))
 
 
+def seen(view: Path, path: str) -> Path:
+    """Where a file below results lies in the view of results."""
+    return view / Path(path).relative_to("results")
+
+
 def test_files_that_the_login_node_sees_late_are_waited_for(prepared, tmp_path):
     """Snakemake has a view of the results that lags, as a network disk's does; the jobs have the disk itself."""
     place = copy(prepared, tmp_path)
@@ -133,11 +172,11 @@ def test_files_that_the_login_node_sees_late_are_waited_for(prepared, tmp_path):
     before = ("unshare", "--mount", "sh", "-c", 'mount --bind "$1" "$2" && shift 2 && cd . && exec "$@"', "sh")
     with controlled(place, before=(*before, str(view), str(place / "results"))) as snakemake:
         cluster.until(lambda: "Waiting at most 30 seconds for missing files" in log(place), SECONDS, "a missing file")
-        assert (place / TARGET).exists() and not (view / FOLDER).exists()
+        assert (place / TARGET).exists() and not seen(view, FOLDER).exists()
         with pytest.raises(subprocess.TimeoutExpired):
             snakemake.wait(5)
         show_late(place / "results", view)
         complete(place, snakemake)
     (job,) = check(prepared, place, runs=1, redone=0)
     assert facts(job, "%T") == "COMPLETED"
-    assert (view / TARGET).samefile(place / TARGET)
+    assert seen(view, TARGET).samefile(place / TARGET)

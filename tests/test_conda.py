@@ -168,7 +168,8 @@ def test_an_environment_holds_exactly_its_pins(environments, family):
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - BY_PIP))
 def test_large_files_are_links_into_one_cache(environments, family):
     site = environments[family] / "lib/python3.11/site-packages"
-    large = [path for path in site.rglob("*") if path.is_file() and path.stat().st_size > LARGE]
+    files = [path for path in site.rglob("*") if path.name != "RECORD"]  # which an installer writes anew
+    large = [path for path in files if path.is_file() and path.stat().st_size > LARGE]
     assert large
     copied = [path for path in large if path.stat().st_nlink == 1]
     assert not copied
@@ -270,9 +271,11 @@ def code_sha256(place) -> str:
 def done(place, witnessed, code_sha256, on_cluster) -> dict[str, str]:
     """What Snakemake wrote, by what was run."""
     hulumed = f"busi.base.model=data/hulumed busi.base.family=hulumed busi.base.code_sha256={code_sha256}"
-    works = [work for family, work in RUNS.items() if family not in ("hulumed", "report")]
+    works = [work for family, work in RUNS.items() if family not in ("hulumed", "report", "swift")]
     report = RUNS["report"]  # of the demo as it is, whose pictures are there
     runs = {"report": place.snakemake("--allowed-rules", report.rule, "--", report.target)}
+    # Before the checkpoint demo_draw_vases, after which Snakemake plans anew and forgets --allowed-rules.
+    runs["swift"] = place.rules(RUNS["swift"])
     with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
         hub.repos["me/thing"] = {"config.json": b"{}"}
         patch.setenv("HF_ENDPOINT", hub.url)

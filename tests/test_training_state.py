@@ -247,9 +247,9 @@ def test_remove_leaves_nothing(state):
     one = state()
     one.save(1, {})
     one.save(2, {})
-    one.remove()
+    one.remove(Path("meta.json"))
     assert not one.folder.parent.exists()
-    one.remove()
+    one.remove(Path("meta.json"))
     state()
 
 
@@ -402,7 +402,7 @@ TRAINING = """
     (out / f"{rank}.bin").write_bytes(weights)
     (out / "resumed").write_text(str(resumed))
     barrier()
-    state.remove()
+    state.remove(out / "meta.json")
 """
 
 

@@ -244,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
         train(fit, state, args.tracker_folder)
         if accelerator.is_main_process:
             write(args.output_folder, fit, clip, args.meta, record)
-        state.remove()
+        state.remove(args.meta)
     finally:
         state.close()
 

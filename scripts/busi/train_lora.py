@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind
+from scripts.common.spent import let_go
 from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
 from scripts.common.trainer_log import Log, history
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
-        shutil.rmtree(args.state_folder, ignore_errors=True)
+        let_go(args.state_folder, args.meta)
 
 
 def write(args, values: TrainLoraSettings, trainer, processor, record) -> None:

@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
         train(fit, state, args.tracker_folder, keep)
         if accelerator.is_main_process:
             write(args.output_folder, fit, keep, state.folder / "epochs", args.meta, record)
-        state.remove()
+        state.remove(args.meta)
     finally:
         state.close()
 

@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from scripts.common.artefacts import explain_os_error
 from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
+from scripts.common.spent import let_go
 from scripts.common.step import log
 from scripts.common.supervision import CARRY_ON, Supervision, deadline
 
@@ -253,12 +254,12 @@ class TrainingState:
         self.last_save = time.monotonic()
         self.supervision.saved(step)
 
-    def remove(self) -> None:
-        """Forget the state, once the outputs stand; states of earlier settings go too."""
+    def remove(self, record: Path) -> None:
+        """Forget the state, now that `record`, the training's meta.json, stands; earlier settings' states go too."""
         self.barrier()
         if self.rank == 0:
             self.close()
-            shutil.rmtree(self.folder.parent, ignore_errors=True)
+            let_go(self.folder.parent, record)
 
     def close(self) -> None:
         """Let go of the folder; the state stays."""

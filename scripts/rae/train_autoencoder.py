@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
         train(fit, state, args.tracker_folder, monitor)
         if accelerator.is_main_process:
             write(args, values, fit, mean, var, record)
-        state.remove()
+        state.remove(args.meta)
     finally:
         state.close()
 

@@ -22,6 +22,7 @@ from accelerate import PartialState
 
 from scripts.common import artefacts, plots, step, trackers
 from scripts.common.errors import KilnError
+from scripts.common.spent import let_go
 from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
 from scripts.common.trainer_log import history
 from scripts.vase.settings import SwiftTrainSettings, VlmSettings
@@ -235,12 +236,12 @@ def quiet_other_ranks() -> None:
         step.log.setLevel(logging.WARNING)
 
 
-def finish(state_folder: Path) -> None:
-    """End the group of processes; rank 0 removes the state, since the output stands."""
+def finish(state_folder: Path, record: Path) -> None:
+    """End the group of processes; rank 0 lets the state go, since `record`, the training's meta.json, stands."""
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank() == 0:
-        shutil.rmtree(state_folder, ignore_errors=True)
+        let_go(state_folder, record)

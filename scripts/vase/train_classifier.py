@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             report = score(fit, values, table, args.images, accelerator)
             write(args, values, fit, report, table, record, accelerator)
-        state.remove()
+        state.remove(args.meta)
     finally:
         state.close()
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         state = swift_training.run("grpo", flags, values.grpo, "vase.grpo", folder, args.tracker_folder, on_cpu)
         if first:
             write(args, folder, state, record)
-    swift_training.finish(args.state_folder)
+    swift_training.finish(args.state_folder, args.meta)
 
 
 def write(args: argparse.Namespace, folder: Path, state: dict, record) -> None:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         state = swift_training.run("sft", flags, values.sft, "vase.sft", folder, args.tracker_folder, on_cpu)
         if first:
             write(args, folder, state, record)
-    swift_training.finish(args.state_folder)
+    swift_training.finish(args.state_folder, args.meta)
 
 
 def write(args: argparse.Namespace, folder: Path, state: dict, record) -> None:
