@@ -14,7 +14,9 @@ min_version("9.27")
 include: "rules/common.smk"
 
 
-container: f"{ROOT}/containers/kiln.sif"  # with --sdm apptainer alone
+if DeploymentMethod.APPTAINER in IN_ENVIRONMENT:  # else even its path would be checked, which may have a space in it
+
+    container: f"{ROOT}/containers/kiln.sif"
 
 
 include: "rules/retrieve.smk"

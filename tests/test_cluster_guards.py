@@ -90,7 +90,7 @@ def test_jobs_of_a_killed_controller_are_adopted(place, tmp_path):
     assert "now carries on" in said
 
     cluster.run(place, LISTED)
-    assert submitted(place) == ["demo_draw_vases", "vase_list_labelled"]
+    assert submitted(place) == ["demo_draw_vases", "vase_labelled_vase_list_labelled"]  # the latter in its group
 
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"demo": {"draw": {"seed": 1}}}))
     changed = workflow.planned(place, place, LISTED, "--configfile", str(tmp_path / "other.yaml"))
@@ -156,7 +156,7 @@ def test_jobs_of_another_working_directory_are_none_of_ours(place, tmp_path):
     ("old", "new", "parts"),
     [
         ("slurm_account: ml", "slurm_account: lm", ("slurm_account = lm", "slurm/config.yaml", "your accounts: ml")),
-        ("cpu: {}", "cpus: {}", ("partition cpus", "slurm/config.yaml", "your partitions: cpu, gpu")),
+        ("  cpu: {", "  cpus: {", ("partition cpus", "slurm/config.yaml", "your partitions: cpu, gpu")),
     ],
 )
 def test_wrong_profile_stops_before_anything_is_submitted(place, old, new, parts):
