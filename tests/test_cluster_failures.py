@@ -8,7 +8,7 @@ import cluster
 import pytest
 from workflow import ROOT, edit
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("failures")]  # one run for all
+pytestmark = pytest.mark.cluster
 
 MAIN = "def main(argv: Sequence[str] | None = None) -> None:\n"
 PLANTED = {
