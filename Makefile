@@ -44,9 +44,13 @@ test: install ## all tests that this machine can run, but for `make test-long`
 test-long: install ## the tests of a quarter of an hour and more, which `make test` leaves out
 	$(BIN)/python -m pytest --long tests/test_vase_three_seeds.py
 
+# Outages are felt by every job, and the soak has a time limit: each of the two has a cluster to itself.
+CLUSTER_TESTS = tests/slurm/with_cluster.sh $(BIN)/python -m pytest -m cluster --durations 10
 test-cluster: install ## the tests on a Slurm cluster, which is made for them and taken down (root, Debian packages)
 	tests/slurm/install.sh
-	tests/slurm/with_cluster.sh $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m cluster --durations 20
+	$(CLUSTER_TESTS) -n 4 --dist loadfile --ignore tests/test_cluster_outages.py --ignore tests/test_cluster_soak.py
+	$(CLUSTER_TESTS) tests/test_cluster_outages.py
+	$(CLUSTER_TESTS) tests/test_cluster_soak.py
 
 test-conda: $(CONDA) ## the tests that make every conda environment and run rules in them (10 GB of wheels)
 	-tests/slurm/install.sh

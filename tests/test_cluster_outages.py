@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def kill_daemon(name: str) -> None:
     cluster.until(lambda: not Path(f"/proc/{pid}/exe").exists(), what=f"the end of {name}")
 
 
+def answers(*command: str) -> bool:
+    """Whether a Slurm command succeeds."""
+    return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+
+
 def test_a_job_whose_node_goes_down_carries_on_on_another(prepared, tmp_path):
     place = copy(prepared, tmp_path)
     with controlled(place) as snakemake:
@@ -33,7 +39,8 @@ def test_a_job_whose_node_goes_down_carries_on_on_another(prepared, tmp_path):
             other = cluster.until(lambda: [j for j in cluster.jobs(place) if j.node and j.node != job.node], 120)
             complete(place, snakemake)
         finally:
-            cluster.ask("scontrol", "update", f"nodename={job.node}", "state=resume")
+            # It may have come back by itself, as ReturnToService says.
+            answers("scontrol", "update", f"nodename={job.node}", "state=resume")
     assert check(prepared, place) == [job.id, job.id] and other[0].id == job.id
 
 
@@ -48,7 +55,9 @@ def test_a_controller_of_slurm_that_dies_and_comes_back_costs_nothing(prepared, 
         before = len(made(place))
         time.sleep(15)  # long enough for Snakemake to ask in vain
         assert len(made(place)) > before, "the job did not go on"
-        for name in reversed(daemons):
+        for name in reversed(daemons):  # slurmctld does not start before slurmdbd answers
             cluster.ask(name)
+            if name == "slurmdbd":
+                cluster.until(lambda: answers("sacctmgr", "--noheader", "list", "cluster"), what="slurmdbd")
         complete(place, snakemake)
     assert check(prepared, place, runs=1, redone=0) == [job.id]
