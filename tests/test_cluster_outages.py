@@ -34,13 +34,14 @@ def test_a_job_whose_node_goes_down_carries_on_on_another(prepared, tmp_path):
     place = copy(prepared, tmp_path)
     with controlled(place) as snakemake:
         job = saved(place)
-        cluster.ask("scontrol", "update", f"nodename={job.node}", "state=down", "reason=test")
+        node = ("scontrol", "update", f"nodename={job.node}", "reason=test")
+        cluster.ask(*node, "state=down")
+        cluster.ask(*node, "state=drain")  # its daemon lives, and would bring it back
         try:
             other = cluster.until(lambda: [j for j in cluster.jobs(place) if j.node and j.node != job.node], 120)
             complete(place, snakemake)
         finally:
-            # It may have come back by itself, as ReturnToService says.
-            answers("scontrol", "update", f"nodename={job.node}", "state=resume")
+            cluster.ask(*node, "state=resume")
     assert check(prepared, place) == [job.id, job.id] and other[0].id == job.id
 
 
