@@ -44,13 +44,15 @@ test: install ## all tests that this machine can run, but for `make test-long`
 test-long: install ## the tests of a quarter of an hour and more, which `make test` leaves out
 	$(BIN)/python -m pytest --long tests/test_vase_three_seeds.py
 
-# Outages are felt by every job, and the soak has a time limit: each of the two has a cluster to itself.
+# Outages are felt by every job, so they have a cluster of their own, and the soak, which has a time limit, the machine.
 CLUSTER_TESTS = tests/slurm/with_cluster.sh $(BIN)/python -m pytest -m cluster --durations 10
+OUTAGES := tests/test_cluster_outages.py
+SOAK := tests/test_cluster_soak.py
 test-cluster: install ## the tests on a Slurm cluster, which is made for them and taken down (root, Debian packages)
 	tests/slurm/install.sh
-	$(CLUSTER_TESTS) -n 4 --dist loadfile --ignore tests/test_cluster_outages.py --ignore tests/test_cluster_soak.py
-	$(CLUSTER_TESTS) tests/test_cluster_outages.py
-	$(CLUSTER_TESTS) tests/test_cluster_soak.py
+	$(CLUSTER_TESTS) $(OUTAGES) & $(CLUSTER_TESTS) -n 4 --dist loadfile --ignore $(OUTAGES) --ignore $(SOAK); \
+	status=$$?; wait $$! && exit $$status
+	$(CLUSTER_TESTS) $(SOAK)
 
 test-conda: $(CONDA) ## the tests that make every conda environment and run rules in them (10 GB of wheels)
 	-tests/slurm/install.sh
