@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.common import heartbeat, status
+from scripts.common import heartbeat, spent, status
 from scripts.common.errors import KilnError
 from scripts.common.heartbeat import Heartbeat
 from scripts.common.locks import is_taken, writer_lock
@@ -119,6 +119,12 @@ def test_the_table_has_a_line_for_each_training(tmp_path, clock, capsys, monkeyp
         assert [line[1] for line in found[1:]] == [
             "stopped 1h 06m ago (stalled)", "evaluating", "no step for 1h 06m",
         ]  # fmt: skip
+
+
+def test_one_whose_results_are_not_yet_sure_is_done(tmp_path, capsys):
+    folder = training(tmp_path, "rae/train_autoencoder/dinov2")
+    (folder.parent / spent.MARK).touch()
+    assert lines(tmp_path, capsys)[-1][1] == "done"
 
 
 def test_a_look_takes_no_lock(tmp_path):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.common import heartbeat, locks, step
+from scripts.common import heartbeat, locks, spent, step
 from scripts.common.errors import KilnError
 
 HEAD = ("training", "state", "step", "loss", "steps/s", "left", "saved", "job", "node")
@@ -46,7 +46,7 @@ def row(root: Path, folder: Path, now: float) -> tuple[str, ...]:
         saved = told["last_save"]
         return (
             name,
-            _state(told, locks.is_taken(folder), now),
+            "done" if (folder.parent / spent.MARK).exists() else _state(told, locks.is_taken(folder), now),
             f"{told['step']}/{told['steps']}" if told["steps"] is not None else str(told["step"]),
             _number(told["loss"], ".4f"),
             _number(told["steps_per_second"], ".3g"),
