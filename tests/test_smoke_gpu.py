@@ -24,20 +24,18 @@ def test_a_pipeline_runs_at_its_published_architecture(pipeline, tmp_path, capsy
     peaks = smoke_run.peaks(results)
     assert all(name in peaks for name in TRAININGS[pipeline])
     with capsys.disabled():
-        print(f"\n{pipeline}: {minutes:.1f} min, GB of GPU memory: {peaks}")
-    assert minutes < MINUTES
+        print(f"\n{pipeline}: {minutes:.1f} min of the {MINUTES} that it may take, GB of GPU memory: {peaks}")
 
 
 @pytest.mark.gpu
 @pytest.mark.slow(minutes=MINUTES)
 def test_bmc_clips_model_trains(tmp_path):
     """The preset's ViT-L-14 in place of the default ViT-B-32."""
-    minutes = smoke_run.run(tmp_path / "run", "biomedica", {}, cores=8, preset=["config/bmc_clip.yaml"])
-    assert minutes < MINUTES
+    smoke_run.run(tmp_path / "run", "biomedica", {}, cores=8, preset=["config/bmc_clip.yaml"])
     assert smoke_run.steps(tmp_path / "run/results/smoke") == {"biomedica/train_clip/hybrid-42": 5}
 
 
-@pytest.mark.slow(minutes=2)
+@pytest.mark.slow(minutes=15)  # the five together
 @pytest.mark.parametrize("pipeline", TRAININGS)
 def test_the_same_jobs_run_at_tiny_shapes_on_a_cpu(pipeline, tmp_path):
     smoke_run.run(tmp_path / "run", pipeline, smoke_run.TINY, cores=2)
