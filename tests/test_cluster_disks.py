@@ -79,6 +79,8 @@ def test_files_that_the_login_node_sees_late_are_waited_for(prepared, tmp_path):
             snakemake.wait(5)
         show_late(place / "results", view)
         complete(place, snakemake)
+    assert not seen(view, STATE).exists()
+    cluster.ask("rm", "--recursive", str(place / STATE))  # what Snakemake removed in its view: here that is a copy
     (job,) = check(prepared, place, runs=1, redone=0)
     assert facts(job, "%T") == "COMPLETED"
     assert seen(view, TARGET).samefile(place / TARGET)

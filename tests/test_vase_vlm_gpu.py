@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import torch
-from test_vase_training import ROOT, command, write_rows
-from vase_fixtures import run
+from test_vase_training import ROOT, command
+from vase_fixtures import run, technique_rows
 
 from scripts.common import tiny_vlm
 from scripts.vase import generation, merge
@@ -21,8 +21,8 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("vase gpu")
     tiny_vlm.build(root / "base", ["What technique?", "black-figure", "red-figure"] * 3, image_side=56)
     for kind, answered in (("sft", True), ("grpo", False)):
-        write_rows(root, f"{kind}_train", 20, answered)
-        write_rows(root, f"{kind}_validation", 6, answered)
+        technique_rows(root, f"{kind}_train", 20, answered)
+        technique_rows(root, f"{kind}_validation", 6, answered)
     return root
 
 
