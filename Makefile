@@ -41,8 +41,10 @@ smoke: install ## all five pipelines at their published sizes, 5 steps each, ran
 test: install ## all tests that this machine can run, but for `make test-long`
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 20
 
-test-long: install ## the tests of a quarter of an hour and more, which `make test` leaves out
+test-long: install ## the tests of a quarter of an hour and more, which the others leave out
 	$(BIN)/python -m pytest --long tests/test_vase_three_seeds.py tests/test_smoke_gpu.py
+	tests/slurm/install.sh
+	$(CLUSTER_TESTS) --long $(SOAK) -k whole
 
 # Outages are felt by every job, so they have a cluster of their own, and the soak, which has a time limit, the machine.
 CLUSTER_TESTS = tests/slurm/with_cluster.sh $(BIN)/python -m pytest -m cluster --durations 10
