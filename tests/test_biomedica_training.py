@@ -456,7 +456,7 @@ def test_the_defaults_are_the_originals_and_the_preset_is_that_of_bmc_clip():
     overlay = settings.read_yaml(ROOT / "config/bmc_clip.yaml")
     preset = load(overlay, ROOT / "config/no_file.yaml").biomedica
     train, plan = preset.train, preset.plan
-    assert overlay.keys() == {"biomedica"} and preset.model.name == "ViT-L-14"
+    assert overlay.keys() == {"biomedica", "resources"} and preset.model.name == "ViT-L-14"
     assert (train.lr, train.betas, train.weight_decay, train.warmup_steps) == (1e-6, (0.9, 0.95), 0.2, 1000)
     assert train.gradient_checkpointing and plan.batch_size == 4 * 2 * 512 and train.micro_batch == 512
     assert plan.samples // plan.batch_size * plan.epochs > train.warmup_steps

@@ -86,6 +86,7 @@ def test_gpus_and_drivers(monkeypatch):
 @pytest.mark.parametrize(("version", "mark"), [("conda 24.7.1", "ok"), ("conda 23.11.0", "warn"), (None, "ok")])
 def test_conda(monkeypatch, version, mark):
     monkeypatch.setattr(doctor, "_version", lambda command: version)
+    monkeypatch.setattr(doctor.shutil, "which", lambda command: None)  # no Slurm, which needs it
     assert doctor.conda().mark == mark
 
 

@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 STALL = {"stall_minutes": 0.02, "save_minutes": 60}
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background jobs start with SIGINT ignored, and what is ignored stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(folder: Path, ranks: int = 1, env: dict | None = None, **told) -> list[subprocess.Popen]:
     """The processes of a training in `folder`."""
     told |= {"state": str(folder / "state"), "out": str(folder / "out")}
