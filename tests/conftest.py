@@ -42,6 +42,14 @@ def offline() -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """The training that tests of faults on the cluster disturb; see tests/cluster_training.py."""
+    import cluster_training
+
+    return cluster_training.prepare(tmp_path_factory)
+
+
 def _has_gpu() -> bool:
     import torch
 

@@ -18,17 +18,11 @@ from cluster_training import (
     facts,
     fill,
     log,
-    prepare,
     saved,
 )
 from workflow import edit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory)
 
 
 def test_a_full_disk_is_named_and_once_there_is_room_the_same_command_carries_on(prepared, tmp_path):

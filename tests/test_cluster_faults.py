@@ -11,7 +11,6 @@ from cluster_training import (
     copy,
     facts,
     made,
-    prepare,
     saved,
     slow_first_run,
 )
@@ -22,11 +21,6 @@ BALLAST = """time.sleep(0.2)
         if step == 20:
             global _ballast
             _ballast = b"x" * 2_000_000_000"""
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory)
 
 
 def test_a_cancelled_job_carries_on(prepared, tmp_path):

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import cluster
 import pytest
-from cluster_training import check, complete, controlled, copy, made, prepare, saved
+from cluster_training import check, complete, controlled, copy, made, saved
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory)
 
 
 def kill_daemon(name: str) -> None:

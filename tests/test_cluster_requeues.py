@@ -9,7 +9,6 @@ from cluster_training import (
     complete,
     controlled,
     copy,
-    prepare,
     saved,
     slow_first_run,
     text_of_training,
@@ -17,11 +16,6 @@ from cluster_training import (
 from workflow import edit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return prepare(tmp_path_factory)
 
 
 def test_a_requeued_job_carries_on(prepared, tmp_path):
