@@ -43,7 +43,7 @@ from scripts.common.training_state import KEEP, TrainingState
 
 INDEX = pa.schema([("name", pa.string()), *((name, pa.int64()) for name in ("bytes", *COUNTS))])
 NO_NETWORK = (
-    "where compute nodes have no network, give biomedica.resources nodes that have one,"
+    "where compute nodes have no network, give the class resources.network nodes that have one, by its `constraint`,"
     " or set biomedica.plan.samples to what is on disk"
 )
 REJECTED = ["shard", "key", "status", "reason"]

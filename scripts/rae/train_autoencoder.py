@@ -107,9 +107,8 @@ def train(fit: Fit, state: TrainingState, track: Path, monitor: Monitor) -> None
     writer = trackers.tracker(track, fit.values.tracker if main else "none", first_step=fit.at.step + 1)
 
     def after_step(fit: Fit) -> None:
-        monitor(
-            fit, writer, state.supervision.pause
-        )  # before the save: a run that carries on from it has seen this step
+        # before the save: a run that carries on from it has seen this step
+        monitor(fit, writer, state.supervision.pause)
         at = fit.at
         l1 = at.sums["l1"] / at.counts["l1"] if at.batch else at.history[-1]["l1"]  # a mean over the epoch so far
         state.checkpoint(at.step, fit.state, l1)
