@@ -146,7 +146,7 @@ def test_where_there_is_no_network_it_stops_before_any_step(data, tmp_path, offl
     done = offline(*step, *training(data.root, out), "--settings", impatient, cwd=root)
     assert done.returncode == 1, done.stderr
     assert "huggingface.co/datasets/me/figures: shard data/" in done.stderr and "2 attempts" in done.stderr
-    assert "Hint: " in done.stderr and "compute nodes have no network" in done.stderr
+    assert "Hint: " in done.stderr and "resources.network" in done.stderr
     assert list(tmp_path.iterdir()) == []
     local = offline(*step, *training(data.root, out, arm="local"), cwd=root)
     assert local.returncode == 0, local.stderr
