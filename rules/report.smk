@@ -14,7 +14,7 @@ STEPS: summarise, render.
 rule report_summarise:
     input:
         vase=VASE_METRICS,
-        busi=rules.busi_evaluate.output.metrics,
+        busi=BUSI_RUNS.headline(rules.busi_evaluate.output.metrics),
         rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
         coca=rules.coca_evaluate.output.metrics,
         biomedica=rules.biomedica_evaluate.output.metrics,
