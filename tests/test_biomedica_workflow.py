@@ -83,7 +83,7 @@ def test_what_is_made(finished_run):
     assert plan["streamed_per_epoch"] > 0
     assert read(made / "plan/main/local/plan.json")["steps"] == plan["steps"] == 12
     runs = {f"{arm}-{seed}" for arm in ("hybrid", "local") for seed in (0, 1)}
-    assert {path.name for path in (made / "train_clip").iterdir()} == runs
+    assert {path.name for path in (made / "train_clip/main").iterdir()} == runs
     metrics = read(made / "evaluate/main/metrics.json")
     kinds = {"recall_at_5": "chance", "hybrid_over_local": "local_only"}
     assert {name: one["baseline_kind"] for name, one in metrics["summary"].items()} == kinds
@@ -158,6 +158,9 @@ def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run
         ("biomedica.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
         ("biomedica.compare_seeds=[0]", {"evaluate": 1, "describe_model": 1}),
         ("biomedica.compare_seeds=[0,1,2]", {"train_clip": 2, "evaluate": 1, "describe_model": 1}),
+        ("biomedica.variants.low.train.lr=2e-3", {"train_clip": 4, **AFTER_TRAINING}),
+        ("biomedica.variants.long.plan.epochs=3", {"plan": 2, "train_clip": 4, **AFTER_TRAINING}),
+        ("biomedica.variants.main.seeds=[0,1]", AFTER_TRAINING),  # both are trained already, for the comparison
     ],
 )
 def test_a_setting_reruns_its_readers(finished_run, value, jobs):

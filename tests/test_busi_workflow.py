@@ -163,7 +163,7 @@ def test_a_folder_that_is_no_class_stops_before_any_training(copied):
     assert done.returncode != 0
     assert "benine" in said and "Hint:" in said
     assert "busi_train_lora" not in workflow.finished(said)
-    assert (run / "results/busi/merge/lora/model/model.safetensors").is_file()
+    assert (run / "results/busi/merge/main/lora/model/model.safetensors").is_file()
 
 
 def test_a_variant_stands_beside_what_is_there(copied):
