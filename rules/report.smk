@@ -15,8 +15,8 @@ rule report_summarise:
     input:
         vase=VASE_METRICS,
         busi=BUSI_RUNS.headline(rules.busi_evaluate.output.metrics),
-        rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
-        coca=rules.coca_evaluate.output.metrics,
+        rae=RAE_RUNS.headline(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+        coca=COCA_RUNS.headline(rules.coca_evaluate.output.metrics),
         biomedica=rules.biomedica_evaluate.output.metrics,
         targets=[VASE_TARGETS, rules.busi.input, rules.rae.input, rules.coca.input, rules.biomedica.input],
     output:

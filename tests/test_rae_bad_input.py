@@ -138,7 +138,7 @@ def test_gpus_that_do_not_divide_the_batch_stop_the_plan_of_what_trains(data, tm
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"resources": {"gpu_single": {"gpu": 5}}, "rae": rae}))
     (run := tmp_path / "run").mkdir()
-    target = "results/rae/train_autoencoder/siglip2/autoencoder.safetensors"
+    target = "results/rae/train_autoencoder/main/siglip2/autoencoder.safetensors"
     more = ["--configfile", str(config), "--resources", "gpu=8"]
     done = workflow.run(ROOT, run, target, "--dry-run", *more, check=False)
     said = done.stdout + done.stderr
