@@ -36,6 +36,7 @@ localrules:
     biomedica,
     busi,
     coca,
+    coca_predictions,
     rae,
     rae_evaluate_published,
     vase,

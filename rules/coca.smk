@@ -11,12 +11,16 @@ OUTPUTS (below {results}/coca/):
     list_slides/       manifest.parquet, quarantine.tsv, summary.json
     split/             splits.csv, summary.json: by patient
     train_tokenizer/   tokenizer/: byte-level BPE on training texts
-    encode_slides/     latents/: of every slide, memory-mapped; before training by a frozen encoder, else after it
-    train/             model.safetensors (best by validation), last.safetensors, metrics.json, loss.png, retrieval.png
-    caption/           captions.parquet
-    evaluate/          metrics.json, scores.png, similarity.png, confusion.png
-    describe_model/    README.md (the card), model/
-    predict/           predictions.jsonl, predictions.quarantine.tsv: of new slides, if `predict.slides` is set
+  and for each run of a variant (`main` is the configuration itself):
+    encode_slides/{variant}/   latents/: of every slide, memory-mapped; before training by a frozen encoder, once for
+                               all runs that share it; else after training
+    train/{variant}/           model.safetensors (best by validation), last.safetensors, metrics.json, loss.png,
+                               retrieval.png
+    caption/{variant}/         captions.parquet
+    evaluate/{variant}/        metrics.json, scores.png, similarity.png, confusion.png
+    describe_model/{variant}/  README.md (the card), model/
+    predict/{variant}/         predictions.jsonl, predictions.quarantine.tsv: of new slides, if `predict.slides` is set;
+                               target coca_predictions makes these alone
 
 STEPS: list, split, train the tokenizer, train (encode before or after it), caption, evaluate, describe, predict.
 """
@@ -25,11 +29,14 @@ from scripts.coca.settings import EXTENSIONS as COCA_EXTENSIONS
 from scripts.coca.settings import slides_to_predict
 
 COCA = f"{RESULTS}/coca"
-COCA_FROZEN = CONFIG.coca.encoder.is_frozen
-COCA_WEIGHTS = CONFIG.coca.encoder.weights
+COCA_RUNS = Runs("coca")
+COCA_FROZEN = COCA_RUNS.agreed("coca.encoder.is_frozen")
+COCA_WEIGHTS = lambda wildcards: COCA_RUNS.of(wildcards).coca.encoder.weights or []
 COCA_SLIDES = CONFIG.coca.slides
-COCA_LATENTS = f"{COCA}/encode_slides/latents"
-COCA_MODEL = f"{COCA}/train/model.safetensors"
+COCA_LATENTS = COCA_RUNS.at(
+    "encode" if COCA_FROZEN else "train", f"{COCA}/encode_slides/{{variant}}/latents/index.parquet"
+)
+COCA_MODEL = f"{COCA}/train/{{variant}}/model.safetensors"
 COCA_TRAIN_CODE = ("scripts.common.devices", "scripts.coca.training")
 COCA_PICTURES = ("scores", "similarity", *(("confusion",) if CONFIG.coca.evaluate.classes else ()))
 COCA_NEW = CONFIG.coca.predict.slides
@@ -155,14 +162,16 @@ rule coca_train_tokenizer:
 rule coca_encode_slides:
     input:
         manifest=rules.coca_list_slides.output.manifest,
-        encoder=[COCA_WEIGHTS] if COCA_FROZEN else [COCA_MODEL],
+        encoder=COCA_WEIGHTS if COCA_FROZEN else COCA_MODEL,
     output:
-        index=f"{COCA_LATENTS}/index.parquet",
-        meta=f"{COCA}/encode_slides/meta.json",
+        index=f"{COCA}/encode_slides/{{variant}}/latents/index.parquet",
+        meta=f"{COCA}/encode_slides/{{variant}}/meta.json",
     log:
-        f"{LOGS}/coca/encode_slides.log",
+        f"{LOGS}/coca/encode_slides/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/coca/encode_slides.tsv"
+        f"{BENCHMARKS}/coca/encode_slides/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
     conda:
         "../envs/coca.yaml"
     threads: class_threads(CONFIG.coca.resources)
@@ -171,26 +180,22 @@ rule coca_encode_slides:
     params:
         step=outside(STEP),
         slides=outside(COCA_SLIDES),
-        encoder=outside(
-            f"--encoder-weights {shlex.quote(COCA_WEIGHTS)}"
-            if COCA_FROZEN
-            else f"--checkpoint {shlex.quote(COCA_MODEL)}"
-        ),
-        execution=outside(execution(encoder="coca.encoder", encode="coca.encode")),
+        source=outside("--encoder-weights" if COCA_FROZEN else "--checkpoint"),
+        execution=COCA_RUNS.execution(encoder="coca.encoder", encode="coca.encode"),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.coca.resources),
         state=outside(f"{STATE}/coca/encode_slides"),
-        settings=numerics(encoder="coca.encoder", encode="coca.encode"),
+        settings=COCA_RUNS.numerics(encoder="coca.encoder", encode="coca.encode"),
         code=code_key("scripts.coca.encode_slides"),
         folder=subpath(output.index, parent=True),
     message:
-        "Encode the slides"
+        "Encode the slides ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.encode_slides"
         " --manifest {input.manifest:q}"
         " --slides {params.slides:q}"
-        " {params.encoder}"
-        " --state-folder {params.state:q}"
+        " {params.source} {input.encoder:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -206,30 +211,32 @@ rule coca_train:
         manifest=rules.coca_list_slides.output.manifest,
         splits=rules.coca_split.output.splits,
         tokenizer=rules.coca_train_tokenizer.output.listing,
-        latents=[f"{COCA_LATENTS}/index.parquet"] if COCA_FROZEN else [],
-        weights=[COCA_WEIGHTS] if COCA_WEIGHTS and not COCA_FROZEN else [],
-        init=[CONFIG.coca.train.init_from] if CONFIG.coca.train.init_from else [],
+        latents=COCA_LATENTS if COCA_FROZEN else [],
+        weights=[] if COCA_FROZEN else COCA_WEIGHTS,
+        init=lambda wildcards: COCA_RUNS.of(wildcards).coca.train.init_from or [],
     output:
         weights=COCA_MODEL,
-        last=f"{COCA}/train/last.safetensors",
-        metrics=f"{COCA}/train/metrics.json",
+        last=f"{COCA}/train/{{variant}}/last.safetensors",
+        metrics=f"{COCA}/train/{{variant}}/metrics.json",
         loss=report(
-            f"{COCA}/train/loss.png",
+            f"{COCA}/train/{{variant}}/loss.png",
             caption="captions/coca_loss.rst",
             category="coca",
-            labels={"step": "train", "picture": "loss"},
+            labels={"step": "train", "variant": "{variant}", "picture": "loss"},
         ),
         retrieval=report(
-            f"{COCA}/train/retrieval.png",
+            f"{COCA}/train/{{variant}}/retrieval.png",
             caption="captions/coca_retrieval.rst",
             category="coca",
-            labels={"step": "train", "picture": "retrieval"},
+            labels={"step": "train", "variant": "{variant}", "picture": "retrieval"},
         ),
-        meta=f"{COCA}/train/meta.json",
+        meta=f"{COCA}/train/{{variant}}/meta.json",
     log:
-        f"{LOGS}/coca/train.log",
+        f"{LOGS}/coca/train/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/coca/train.tsv"
+        f"{BENCHMARKS}/coca/train/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
     conda:
         "../envs/coca.yaml"
     threads: class_threads(CONFIG.coca.resources)
@@ -237,29 +244,28 @@ rule coca_train:
         **class_resources(CONFIG.coca.resources),
     params:
         step=outside(STEP),
-        images=outside(
-            f"--latents {shlex.quote(COCA_LATENTS)}" if COCA_FROZEN else f"--slides {shlex.quote(COCA_SLIDES)}"
-        ),
-        execution=outside(execution(encoder="coca.encoder", train="coca.train")),
+        source=outside("--latents" if COCA_FROZEN else "--slides"),
+        images=subpath(input.latents, parent=True) if COCA_FROZEN else outside(COCA_SLIDES),
+        execution=COCA_RUNS.execution(encoder="coca.encoder", train="coca.train"),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.coca.resources),
         state=outside(f"{STATE}/coca/train"),
         tracker=outside(f"{LOGS}/coca/train"),
         tokenizer=subpath(input.tokenizer, parent=True),
-        loss=file_digest(CONFIG.coca.train.loss_plugin),
-        settings=numerics(encoder="coca.encoder", model="coca.model", train="coca.train"),
+        loss=lambda wildcards: file_digest(COCA_RUNS.of(wildcards).coca.train.loss_plugin),
+        settings=COCA_RUNS.numerics(encoder="coca.encoder", model="coca.model", train="coca.train"),
         code=code_key(*COCA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
     message:
-        "Train the CoCa model"
+        "Train the CoCa model ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.train"
         " --manifest {input.manifest:q}"
         " --splits {input.splits:q}"
         " --tokenizer {params.tokenizer:q}"
-        " {params.images}"
-        " --state-folder {params.state:q}"
-        " --tracker-folder {params.tracker:q}"
+        " {params.source} {params.images:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -275,15 +281,17 @@ rule coca_caption:
         manifest=rules.coca_list_slides.output.manifest,
         splits=rules.coca_split.output.splits,
         tokenizer=rules.coca_train_tokenizer.output.listing,
-        latents=rules.coca_encode_slides.output.index,
+        latents=COCA_LATENTS,
         checkpoint=rules.coca_train.output.weights,
     output:
-        captions=f"{COCA}/caption/captions.parquet",
-        meta=f"{COCA}/caption/meta.json",
+        captions=f"{COCA}/caption/{{variant}}/captions.parquet",
+        meta=f"{COCA}/caption/{{variant}}/meta.json",
     log:
-        f"{LOGS}/coca/caption.log",
+        f"{LOGS}/coca/caption/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/coca/caption.tsv"
+        f"{BENCHMARKS}/coca/caption/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
     conda:
         "../envs/coca.yaml"
     threads: class_threads("gpu_single")
@@ -298,7 +306,7 @@ rule coca_caption:
         settings=numerics("coca.caption"),
         code=code_key("scripts.coca.caption"),
     message:
-        "Caption the slides"
+        "Caption the slides ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.caption"
         " --manifest {input.manifest:q}"
@@ -321,21 +329,23 @@ rule coca_evaluate:
         manifest=rules.coca_list_slides.output.manifest,
         splits=rules.coca_split.output.splits,
         tokenizer=rules.coca_train_tokenizer.output.listing,
-        latents=rules.coca_encode_slides.output.index,
+        latents=COCA_LATENTS,
         checkpoint=rules.coca_train.output.weights,
     output:
-        metrics=f"{COCA}/evaluate/metrics.json",
+        metrics=f"{COCA}/evaluate/{{variant}}/metrics.json",
         pictures=report(
-            [f"{COCA}/evaluate/{name}.png" for name in COCA_PICTURES],
+            [f"{COCA}/evaluate/{{variant}}/{name}.png" for name in COCA_PICTURES],
             caption="captions/coca_scores.rst",
             category="coca",
-            labels={"step": "evaluate", "picture": "scores"},
+            labels={"step": "evaluate", "variant": "{variant}", "picture": "scores"},
         ),
-        meta=f"{COCA}/evaluate/meta.json",
+        meta=f"{COCA}/evaluate/{{variant}}/meta.json",
     log:
-        f"{LOGS}/coca/evaluate.log",
+        f"{LOGS}/coca/evaluate/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/coca/evaluate.tsv"
+        f"{BENCHMARKS}/coca/evaluate/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
     conda:
         "../envs/coca.yaml"
     threads: class_threads("gpu_single")
@@ -347,11 +357,11 @@ rule coca_evaluate:
         launcher=launcher("gpu_single"),
         tokenizer=subpath(input.tokenizer, parent=True),
         latents=subpath(input.latents, parent=True),
-        settings=numerics(evaluate="coca.evaluate", max_seq_len="coca.train.max_seq_len"),
+        settings=COCA_RUNS.numerics(evaluate="coca.evaluate", max_seq_len="coca.train.max_seq_len"),
         code=code_key("scripts.coca.evaluate"),
         folder=subpath(output.metrics, parent=True),
     message:
-        "Score captions and retrieval"
+        "Score captions and retrieval ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.evaluate"
         " --captions {input.captions:q}"
@@ -377,13 +387,15 @@ rule coca_describe_model:
         checkpoint=rules.coca_train.output.weights,
         tokenizer=rules.coca_train_tokenizer.output.listing,
     output:
-        card=f"{COCA}/describe_model/README.md",
-        model=f"{COCA}/describe_model/model/files.json",
-        meta=f"{COCA}/describe_model/meta.json",
+        card=f"{COCA}/describe_model/{{variant}}/README.md",
+        model=f"{COCA}/describe_model/{{variant}}/model/files.json",
+        meta=f"{COCA}/describe_model/{{variant}}/meta.json",
     log:
-        f"{LOGS}/coca/describe_model.log",
+        f"{LOGS}/coca/describe_model/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/coca/describe_model.tsv"
+        f"{BENCHMARKS}/coca/describe_model/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
     conda:
         "../envs/coca.yaml"
     threads: class_threads("light")
@@ -396,7 +408,7 @@ rule coca_describe_model:
         code=code_key("scripts.coca.describe_model"),
         folder=subpath(output.card, parent=True),
     message:
-        "Describe the CoCa model"
+        "Describe the CoCa model ({wildcards.variant})"
     shell:
         "{params.step} scripts.coca.describe_model"
         " --metrics {input.metrics:q}"
@@ -419,15 +431,17 @@ rule coca_predict:
         tokenizer=(
             f"{COCA_GIVEN}/tokenizer/tokenizer.json" if COCA_GIVEN else rules.coca_train_tokenizer.output.listing
         ),
-        encoder=[COCA_WEIGHTS] if COCA_FROZEN else [],
+        encoder=COCA_WEIGHTS if COCA_FROZEN else [],
     output:
-        predictions=f"{COCA}/predict/predictions.jsonl",
-        quarantine=f"{COCA}/predict/predictions.quarantine.tsv",
-        meta=f"{COCA}/predict/meta.json",
+        predictions=f"{COCA}/predict/{{variant}}/predictions.jsonl",
+        quarantine=f"{COCA}/predict/{{variant}}/predictions.quarantine.tsv",
+        meta=f"{COCA}/predict/{{variant}}/meta.json",
     log:
-        f"{LOGS}/coca/predict.log",
+        f"{LOGS}/coca/predict/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/coca/predict.tsv"
+        f"{BENCHMARKS}/coca/predict/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
     conda:
         "../envs/coca.yaml"
     threads: class_threads("gpu_single")
@@ -436,23 +450,23 @@ rule coca_predict:
     params:
         step=outside(STEP),
         slides=outside(COCA_NEW),
-        encoder=outside(f"--encoder-weights {shlex.quote(COCA_WEIGHTS)}" if COCA_FROZEN else ""),
+        source=outside("--encoder-weights" if COCA_FROZEN else ""),
         texts=" ".join(f"--text={shlex.quote(text)}" for text in CONFIG.coca.predict.texts),
         execution=outside(execution(chunk_tiles="coca.encoder.chunk_tiles")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
         tokenizer=subpath(input.tokenizer, parent=True),
-        settings=numerics(caption="coca.caption", keys="coca.list.keys", max_seq_len="coca.train.max_seq_len"),
+        settings=COCA_RUNS.numerics(caption="coca.caption", keys="coca.list.keys", max_seq_len="coca.train.max_seq_len"),
         code=code_key("scripts.coca.predict"),
         files=folder_digest(COCA_NEW, COCA_EXTENSIONS),
     message:
-        "Caption the new slides"
+        "Caption the new slides ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.coca.predict"
         " --slides {params.slides:q}"
         " --checkpoint {input.checkpoint:q}"
         " --tokenizer {params.tokenizer:q}"
-        " {params.encoder}"
+        " {params.source} {input.encoder:q}"
         " {params.texts}"
         " --output {output.predictions:q}"
         " --settings {params.settings:q}"
@@ -464,8 +478,17 @@ rule coca_predict:
         " 2>&1 | tee {log:q}"
 
 
+rule coca_predictions:
+    input:
+        (
+            COCA_RUNS.headline(rules.coca_predict.output.predictions)
+            if COCA_GIVEN
+            else COCA_RUNS.all("train", rules.coca_predict.output.predictions)
+        ),
+
+
 rule coca:
     input:
-        rules.coca_evaluate.output.metrics,
-        rules.coca_describe_model.output.card,
-        [rules.coca_predict.output.predictions] if COCA_NEW else [],
+        COCA_RUNS.all("train", rules.coca_evaluate.output.metrics),
+        COCA_RUNS.all("train", rules.coca_describe_model.output.card),
+        rules.coca_predictions.input if COCA_NEW else [],

@@ -10,12 +10,13 @@ REQUIRED INPUTS (config section `rae`):
 OUTPUTS (below {results}/rae/):
     build_arrow/                     dataset/ for datasets.load_from_disk, quarantine.tsv, summary.json
     compute_latent_stats/{encoder}/  stat.pt: mean and variance of clean latents
-    train_autoencoder/{encoder}/     autoencoder.safetensors (EMA decoder, statistics), metrics.json, loss.png
     compute_reference_stats/         features of the validation pictures and of poor copies; floor.json
-    reconstruct/{encoder}/           features.safetensors, images.parquet, reconstructions.png
-    evaluate/{encoder}/              metrics.json: rFID, PSNR, SSIM, LPIPS
-    export/{encoder}/                model/: decoder and statistics as safetensors and in the published layout
-    describe_model/{encoder}/        README.md (the card), model/ (links to the export, the card beside it)
+  and for each run of a variant (`main` is the configuration itself), all scored by main's networks:
+    train_autoencoder/{variant}/{encoder}/  autoencoder.safetensors (EMA decoder, statistics), metrics.json, loss.png
+    reconstruct/{variant}/{encoder}/        features.safetensors, images.parquet, reconstructions.png
+    evaluate/{variant}/{encoder}/           metrics.json: rFID, PSNR, SSIM, LPIPS
+    export/{variant}/{encoder}/             model/: decoder and statistics as safetensors and in the published layout
+    describe_model/{variant}/{encoder}/     README.md (the card), model/ (links to the export, the card beside it)
 and, by target rae_evaluate_published, without training:
     import_published/{encoder}/      autoencoder.safetensors of a published decoder and its statistics
     reconstruct_published/{encoder}/, evaluate_published/{encoder}/   as above
@@ -26,18 +27,30 @@ STEPS: build the dataset, latent statistics, train, reference statistics, recons
 from scripts.rae.settings import published_encoders
 
 RAE = f"{RESULTS}/rae"
+RAE_RUNS = Runs("rae")
 RAE_ENCODERS = {name: getattr(CONFIG.rae.encoders, name) for name in CONFIG.rae.use}
 RAE_ENCODER = "|".join(RAE_ENCODERS)
 RAE_FOLDERS = {name: model_folder(one.model) for name, one in RAE_ENCODERS.items()}
 RAE_ENCODER_FILES = {name: model_folder_files(one.model) for name, one in RAE_ENCODERS.items()}
-RAE_WEIGHTS = {  # option: file of each network that is used as it comes
-    "vgg": CONFIG.rae.perceptual.weights,
-    "dino": None if CONFIG.rae.discriminator.recipe == "free" else CONFIG.rae.discriminator.weights,
-    "inception": None if CONFIG.rae.evaluate.extractor == "kiln-random" else CONFIG.rae.evaluate.inception,
-    "init-from": CONFIG.rae.autoencoder.init_from,
+RAE_WEIGHTS = {  # {run: {option: file of each network that is used as it comes}}
+    run: {
+        "vgg": one.rae.perceptual.weights,
+        "dino": None if one.rae.discriminator.recipe == "free" else one.rae.discriminator.weights,
+        "inception": None if one.rae.evaluate.extractor == "kiln-random" else one.rae.evaluate.inception,
+        "init-from": one.rae.autoencoder.init_from,
+    }
+    for run, one in RAE_RUNS.configs.items()
 }
-RAE_FILES = {name: model_files(one) if one else [] for name, one in RAE_WEIGHTS.items()}
-RAE_OPTIONS = {name: f"--{name} {shlex.quote(model_file(one))}" if one else "" for name, one in RAE_WEIGHTS.items()}
+RAE_FILES = {
+    run: {option: model_files(one) if one else [] for option, one in weights.items()}
+    for run, weights in RAE_WEIGHTS.items()
+}
+RAE_OPTIONS = {
+    run: {option: f"--{option} {shlex.quote(model_file(one))}" if one else "" for option, one in weights.items()}
+    for run, weights in RAE_WEIGHTS.items()
+}
+RAE_SCORE_FILES = RAE_FILES[RAE_RUNS.first]  # one LPIPS scores all runs
+RAE_SCORE_OPTIONS = RAE_OPTIONS[RAE_RUNS.first]
 RAE_PROCESSES = class_processes(CONFIG.rae.resources)
 RAE_TRAIN_CODE = ("scripts.common.devices", "scripts.rae.autoencoder_training")
 RAE_PUBLISHED = {name: getattr(CONFIG.rae.published, name) for name in CONFIG.rae.use}
@@ -146,26 +159,28 @@ rule rae_train_autoencoder:
         dataset=rules.rae_build_arrow.output.listing,
         encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
         statistics=rules.rae_compute_latent_stats.output.statistics,
-        weights=RAE_FILES["vgg"] + RAE_FILES["dino"],
+        weights=lambda wildcards: RAE_FILES[wildcards.variant]["vgg"] + RAE_FILES[wildcards.variant]["dino"],
         # before any job: does the global batch divide among the GPUs?
-        init=lambda wildcards: or_stop(CONFIG.rae.autoencoder.check_share, RAE_PROCESSES) or RAE_FILES["init-from"],
+        init=lambda wildcards: or_stop(RAE_RUNS.of(wildcards).rae.autoencoder.check_share, RAE_PROCESSES)
+        or RAE_FILES[wildcards.variant]["init-from"],
         # of rFID while training, always: an input that comes and goes with a setting would retrain
         inception=ancient(model_files(CONFIG.rae.evaluate.inception) if CONFIG.rae.evaluate.inception else []),
     output:
-        weights=f"{RAE}/train_autoencoder/{{encoder}}/autoencoder.safetensors",
-        metrics=f"{RAE}/train_autoencoder/{{encoder}}/metrics.json",
+        weights=f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/autoencoder.safetensors",
+        metrics=f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/metrics.json",
         loss=report(
-            f"{RAE}/train_autoencoder/{{encoder}}/loss.png",
+            f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/loss.png",
             caption="captions/rae_loss.rst",
             category="rae",
-            labels={"step": "train_autoencoder", "encoder": "{encoder}", "picture": "loss"},
+            labels={"step": "train_autoencoder", "variant": "{variant}", "encoder": "{encoder}", "picture": "loss"},
         ),
-        meta=f"{RAE}/train_autoencoder/{{encoder}}/meta.json",
+        meta=f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/meta.json",
     log:
-        f"{LOGS}/rae/train_autoencoder/{{encoder}}.log",
+        f"{LOGS}/rae/train_autoencoder/{{variant}}/{{encoder}}.log",
     benchmark:
-        f"{BENCHMARKS}/rae/train_autoencoder/{{encoder}}.tsv"
+        f"{BENCHMARKS}/rae/train_autoencoder/{{variant}}/{{encoder}}.tsv"
     wildcard_constraints:
+        variant=RAE_RUNS.pattern,
         encoder=RAE_ENCODER,
     conda:
         "../envs/rae.yaml"
@@ -175,19 +190,16 @@ rule rae_train_autoencoder:
     params:
         step=outside(STEP),
         encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
-        execution=outside(execution(autoencoder="rae.autoencoder")),
+        execution=RAE_RUNS.execution(autoencoder="rae.autoencoder"),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.rae.resources),
         state=outside(f"{STATE}/rae/train_autoencoder"),
         dataset=subpath(input.dataset, parent=True),
-        vgg=outside(RAE_OPTIONS["vgg"]),
-        dino=outside(RAE_OPTIONS["dino"]),
+        networks=lambda wildcards, output: " ".join(RAE_OPTIONS[wildcards.variant].values()),
         extractor=outside(CONFIG.rae.evaluate.extractor),
-        inception=outside(RAE_OPTIONS["inception"]),
-        init=outside(RAE_OPTIONS["init-from"]),
         tracker=outside(f"{LOGS}/rae/train_autoencoder"),
-        settings=lambda wildcards: numerics(
-            encoder=f"rae.encoders.{wildcards.encoder}",
+        settings=RAE_RUNS.numerics(
+            encoder="rae.encoders.{encoder}",
             image_size="rae.image_size",
             decoder="rae.decoder",
             perceptual="rae.perceptual",
@@ -197,20 +209,17 @@ rule rae_train_autoencoder:
         code=code_key(*RAE_TRAIN_CODE),
         folder=subpath(output.meta, parent=True),
     message:
-        "Train the autoencoder of {wildcards.encoder}"
+        "Train the autoencoder of {wildcards.encoder} ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.rae.train_autoencoder"
         " --name {wildcards.encoder}"
         " --dataset {params.dataset:q}"
         " --encoder {params.encoder:q}"
         " --statistics {input.statistics:q}"
-        " {params.vgg}"
-        " {params.dino}"
+        " {params.networks}"
         " --extractor {params.extractor}"
-        " {params.inception}"
-        " {params.init}"
-        " --state-folder {params.state:q}/{wildcards.encoder}"
-        " --tracker-folder {params.tracker:q}/{wildcards.encoder}"
+        " --state-folder {params.state:q}/{wildcards.variant}/{wildcards.encoder}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}/{wildcards.encoder}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -224,7 +233,7 @@ rule rae_train_autoencoder:
 rule rae_compute_reference_stats:
     input:
         dataset=rules.rae_build_arrow.output.listing,
-        inception=RAE_FILES["inception"],
+        inception=RAE_SCORE_FILES["inception"],
     output:
         reference=f"{RAE}/compute_reference_stats/reference.safetensors",
         shrunk=f"{RAE}/compute_reference_stats/shrunk.safetensors",
@@ -247,7 +256,7 @@ rule rae_compute_reference_stats:
         launcher=launcher(CONFIG.rae.resources),
         state=outside(f"{STATE}/rae/compute_reference_stats"),
         dataset=subpath(input.dataset, parent=True),
-        inception=outside(RAE_OPTIONS["inception"]),
+        inception=outside(RAE_SCORE_OPTIONS["inception"]),
         settings=numerics(image_size="rae.image_size", evaluate="rae.evaluate"),
         code=code_key("scripts.rae.compute_reference_stats"),
         folder=subpath(output.meta, parent=True),
@@ -273,22 +282,28 @@ rule rae_reconstruct:
         dataset=rules.rae_build_arrow.output.listing,
         encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
         checkpoint=rules.rae_train_autoencoder.output.weights,
-        weights=RAE_FILES["vgg"] + RAE_FILES["inception"],
+        weights=RAE_SCORE_FILES["vgg"] + RAE_SCORE_FILES["inception"],
     output:
-        features=f"{RAE}/reconstruct/{{encoder}}/features.safetensors",
-        images=f"{RAE}/reconstruct/{{encoder}}/images.parquet",
+        features=f"{RAE}/reconstruct/{{variant}}/{{encoder}}/features.safetensors",
+        images=f"{RAE}/reconstruct/{{variant}}/{{encoder}}/images.parquet",
         sheet=report(
-            f"{RAE}/reconstruct/{{encoder}}/reconstructions.png",
+            f"{RAE}/reconstruct/{{variant}}/{{encoder}}/reconstructions.png",
             caption="captions/rae_reconstructions.rst",
             category="rae",
-            labels={"step": "reconstruct", "encoder": "{encoder}", "picture": "reconstructions"},
+            labels={
+                "step": "reconstruct",
+                "variant": "{variant}",
+                "encoder": "{encoder}",
+                "picture": "reconstructions",
+            },
         ),
-        meta=f"{RAE}/reconstruct/{{encoder}}/meta.json",
+        meta=f"{RAE}/reconstruct/{{variant}}/{{encoder}}/meta.json",
     log:
-        f"{LOGS}/rae/reconstruct/{{encoder}}.log",
+        f"{LOGS}/rae/reconstruct/{{variant}}/{{encoder}}.log",
     benchmark:
-        f"{BENCHMARKS}/rae/reconstruct/{{encoder}}.tsv"
+        f"{BENCHMARKS}/rae/reconstruct/{{variant}}/{{encoder}}.tsv"
     wildcard_constraints:
+        variant=RAE_RUNS.pattern,
         encoder=RAE_ENCODER,
     conda:
         "../envs/rae.yaml"
@@ -301,15 +316,15 @@ rule rae_reconstruct:
         execution=outside(execution(evaluate="rae.evaluate")),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.rae.resources),
-        state=outside(f"{STATE}/rae/reconstruct"),
+        state=lambda wildcards, output: f"{STATE}/rae/reconstruct/{wildcards.variant}/{wildcards.encoder}",
         dataset=subpath(input.dataset, parent=True),
-        vgg=outside(RAE_OPTIONS["vgg"]),
-        inception=outside(RAE_OPTIONS["inception"]),
+        vgg=outside(RAE_SCORE_OPTIONS["vgg"]),
+        inception=outside(RAE_SCORE_OPTIONS["inception"]),
         settings=numerics(perceptual="rae.perceptual", evaluate="rae.evaluate"),
         code=code_key("scripts.rae.reconstruct"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Reconstruct the validation pictures by {wildcards.encoder}"
+        "Reconstruct the validation pictures by {wildcards.encoder} ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.rae.reconstruct"
         " --dataset {params.dataset:q}"
@@ -317,7 +332,7 @@ rule rae_reconstruct:
         " --encoder {params.encoder:q}"
         " {params.vgg}"
         " {params.inception}"
-        " --state-folder {params.state:q}/{wildcards.encoder}"
+        " --state-folder {params.state:q}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -338,13 +353,14 @@ rule rae_evaluate:
         images=rules.rae_reconstruct.output.images,
         dataset=rules.rae_build_arrow.output.summary,
     output:
-        metrics=f"{RAE}/evaluate/{{encoder}}/metrics.json",
-        meta=f"{RAE}/evaluate/{{encoder}}/meta.json",
+        metrics=f"{RAE}/evaluate/{{variant}}/{{encoder}}/metrics.json",
+        meta=f"{RAE}/evaluate/{{variant}}/{{encoder}}/meta.json",
     log:
-        f"{LOGS}/rae/evaluate/{{encoder}}.log",
+        f"{LOGS}/rae/evaluate/{{variant}}/{{encoder}}.log",
     benchmark:
-        f"{BENCHMARKS}/rae/evaluate/{{encoder}}.tsv"
+        f"{BENCHMARKS}/rae/evaluate/{{variant}}/{{encoder}}.tsv"
     wildcard_constraints:
+        variant=RAE_RUNS.pattern,
         encoder=RAE_ENCODER,
     conda:
         "../envs/rae.yaml"
@@ -358,7 +374,7 @@ rule rae_evaluate:
         settings=numerics(perceptual="rae.perceptual"),
         code=code_key("scripts.rae.scores"),
     message:
-        "Score the reconstructions by {wildcards.encoder}"
+        "Score the reconstructions by {wildcards.encoder} ({wildcards.variant})"
     shell:
         "{params.step} scripts.rae.evaluate"
         " --name {wildcards.encoder}"
@@ -379,13 +395,14 @@ rule rae_export:
         checkpoint=rules.rae_train_autoencoder.output.weights,
         training=rules.rae_train_autoencoder.output.meta,
     output:
-        listing=f"{RAE}/export/{{encoder}}/model/files.json",
-        meta=f"{RAE}/export/{{encoder}}/meta.json",
+        listing=f"{RAE}/export/{{variant}}/{{encoder}}/model/files.json",
+        meta=f"{RAE}/export/{{variant}}/{{encoder}}/meta.json",
     log:
-        f"{LOGS}/rae/export/{{encoder}}.log",
+        f"{LOGS}/rae/export/{{variant}}/{{encoder}}.log",
     benchmark:
-        f"{BENCHMARKS}/rae/export/{{encoder}}.tsv"
+        f"{BENCHMARKS}/rae/export/{{variant}}/{{encoder}}.tsv"
     wildcard_constraints:
+        variant=RAE_RUNS.pattern,
         encoder=RAE_ENCODER,
     conda:
         "../envs/rae.yaml"
@@ -398,7 +415,7 @@ rule rae_export:
         code=code_key("scripts.rae.export"),
         folder=subpath(output.listing, parent=True),
     message:
-        "Export the autoencoder of {wildcards.encoder}"
+        "Export the autoencoder of {wildcards.encoder} ({wildcards.variant})"
     shell:
         "{params.step} scripts.rae.export"
         " --checkpoint {input.checkpoint:q}"
@@ -419,15 +436,16 @@ rule rae_describe_model:
         sheet=rules.rae_reconstruct.output.sheet,
         model=rules.rae_export.output.listing,
     output:
-        card=f"{RAE}/describe_model/{{encoder}}/README.md",
-        sheet=f"{RAE}/describe_model/{{encoder}}/reconstructions.png",
-        model=f"{RAE}/describe_model/{{encoder}}/model/files.json",
-        meta=f"{RAE}/describe_model/{{encoder}}/meta.json",
+        card=f"{RAE}/describe_model/{{variant}}/{{encoder}}/README.md",
+        sheet=f"{RAE}/describe_model/{{variant}}/{{encoder}}/reconstructions.png",
+        model=f"{RAE}/describe_model/{{variant}}/{{encoder}}/model/files.json",
+        meta=f"{RAE}/describe_model/{{variant}}/{{encoder}}/meta.json",
     log:
-        f"{LOGS}/rae/describe_model/{{encoder}}.log",
+        f"{LOGS}/rae/describe_model/{{variant}}/{{encoder}}.log",
     benchmark:
-        f"{BENCHMARKS}/rae/describe_model/{{encoder}}.tsv"
+        f"{BENCHMARKS}/rae/describe_model/{{variant}}/{{encoder}}.tsv"
     wildcard_constraints:
+        variant=RAE_RUNS.pattern,
         encoder=RAE_ENCODER,
     conda:
         "../envs/rae.yaml"
@@ -442,7 +460,7 @@ rule rae_describe_model:
         code=code_key("scripts.rae.describe_model"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Describe the autoencoder of {wildcards.encoder}"
+        "Describe the autoencoder of {wildcards.encoder} ({wildcards.variant})"
     shell:
         "{params.step} scripts.rae.describe_model"
         " --metrics {input.metrics:q}"
@@ -509,7 +527,7 @@ use rule rae_reconstruct as rae_reconstruct_published with:
         dataset=rules.rae_build_arrow.output.listing,
         encoder=lambda wildcards: RAE_ENCODER_FILES[wildcards.encoder],
         checkpoint=rules.rae_import_published.output.weights,
-        weights=RAE_FILES["vgg"] + RAE_FILES["inception"],
+        weights=RAE_SCORE_FILES["vgg"] + RAE_SCORE_FILES["inception"],
     output:
         features=f"{RAE}/reconstruct_published/{{encoder}}/features.safetensors",
         images=f"{RAE}/reconstruct_published/{{encoder}}/images.parquet",
@@ -525,7 +543,7 @@ use rule rae_reconstruct as rae_reconstruct_published with:
     benchmark:
         f"{BENCHMARKS}/rae/reconstruct_published/{{encoder}}.tsv"
     params:
-        state=outside(f"{STATE}/rae/reconstruct_published"),
+        state=lambda wildcards, output: f"{STATE}/rae/reconstruct_published/{wildcards.encoder}",
     message:
         "Reconstruct the validation pictures by the published decoder of {wildcards.encoder}"
 
@@ -559,6 +577,6 @@ rule rae_evaluate_published:
 
 rule rae:
     input:
-        expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
-        expand(rules.rae_export.output.listing, encoder=RAE_ENCODERS),
-        expand(rules.rae_describe_model.output.card, encoder=RAE_ENCODERS),
+        RAE_RUNS.all("train", rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+        RAE_RUNS.all("train", rules.rae_export.output.listing, encoder=RAE_ENCODERS),
+        RAE_RUNS.all("train", rules.rae_describe_model.output.card, encoder=RAE_ENCODERS),

@@ -13,6 +13,8 @@ STEPS: summarise, compare variants, render.
 
 REPORT_RUNS = {
     "busi": BUSI_RUNS.metrics("train", rules.busi_evaluate.output.metrics),
+    "rae": RAE_RUNS.metrics("train", rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+    "coca": COCA_RUNS.metrics("train", rules.coca_evaluate.output.metrics),
     "biomedica": BIOMEDICA_RUNS.metrics("train", rules.biomedica_evaluate.output.metrics),
 }
 
@@ -21,8 +23,8 @@ rule report_summarise:
     input:
         vase=VASE_METRICS,
         busi=BUSI_RUNS.headline(rules.busi_evaluate.output.metrics),
-        rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
-        coca=rules.coca_evaluate.output.metrics,
+        rae=RAE_RUNS.headline(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+        coca=COCA_RUNS.headline(rules.coca_evaluate.output.metrics),
         biomedica=BIOMEDICA_RUNS.headline(rules.biomedica_evaluate.output.metrics),
         targets=[VASE_TARGETS, rules.busi.input, rules.rae.input, rules.coca.input, rules.biomedica.input],
     output:

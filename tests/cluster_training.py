@@ -18,9 +18,9 @@ import workflow
 ENCODER = "dinov2"
 STEPS = 60
 MINUTES = 4  # of a job's first attempt
-FOLDER = f"results/rae/train_autoencoder/{ENCODER}"
+FOLDER = f"results/rae/train_autoencoder/main/{ENCODER}"
 TARGET = f"{FOLDER}/meta.json"
-STATE = f"results/state/rae/train_autoencoder/{ENCODER}"
+STATE = f"results/state/rae/train_autoencoder/main/{ENCODER}"
 SECONDS = 240  # how long a test waits for anything that must come
 
 # What a job on the cluster does beside training: it takes its time, and notes each step that it really made.
@@ -147,7 +147,7 @@ def facts(job: str, what: str) -> str:
 
 def text_of_training(place: Path) -> str:
     """The training's log."""
-    return (place / f"results/logs/rae/train_autoencoder/{ENCODER}.log").read_text()
+    return (place / f"results/logs/rae/train_autoencoder/main/{ENCODER}.log").read_text()
 
 
 def check(prepared: Prepared, place: Path, runs: int | None = 2, redone: int = 12) -> list[str]:

@@ -76,7 +76,7 @@ def test_rae_on_two_nodes_follows_the_curve_of_one_process(tmp_path):
         "evaluate": rae_fixtures.EVALUATE, "resources": "gpu_single",
     }  # fmt: skip
     (place / "tiny.json").write_text(json.dumps({"resources": RESOURCES, "rae": rae}))
-    target = "results/rae/train_autoencoder/siglip2/autoencoder.safetensors"
+    target = "results/rae/train_autoencoder/main/siglip2/autoencoder.safetensors"
     one, four = both_ways(place, target, "scripts.rae.train_autoencoder", "rae.resources=multi_node")
     rae_fixtures.check_curve(four, json.loads((one / "metrics.json").read_text())["history"])
 

@@ -66,7 +66,14 @@ def copied(finished_run, tmp_path) -> tuple[Path, Path]:
 
 
 def predictions(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "results/coca/predict/predictions.jsonl").read_text().splitlines()]
+    made = run / "results/coca/predict/main/predictions.jsonl"
+    return [json.loads(line) for line in made.read_text().splitlines()]
+
+
+def of_run(run: Path, name: str) -> dict[Path, bytes]:
+    """{file: bytes} of all that a run of a variant has left."""
+    folders = (run / "results/coca").glob(f"*/{name}")
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_is_made(finished_run):
@@ -74,20 +81,20 @@ def test_what_is_made(finished_run):
     coca = run / "results/coca"
     sides = pd.read_csv(coca / "split/splits.csv")["side"].value_counts()
     assert sides.sum() == DRAWN["slides"]
-    assert sorted(p.name for p in (coca / "train/epochs").glob("*.safetensors")) == [
+    assert sorted(p.name for p in (coca / "train/main/epochs").glob("*.safetensors")) == [
         "epoch-0001.safetensors", "epoch-0002.safetensors",
     ]  # fmt: skip
     assert not list((run / "results/state/coca").rglob("*.safetensors"))
-    captions = pd.read_parquet(coca / "caption/captions.parquet")
+    captions = pd.read_parquet(coca / "caption/main/captions.parquet")
     assert captions["side"].value_counts().to_dict() == sides.drop("train").to_dict()
-    metrics = json.loads((coca / "evaluate/metrics.json").read_text())
+    metrics = json.loads((coca / "evaluate/main/metrics.json").read_text())
     kinds = {"retrieval_r5": "chance", "caption_diagnosis_accuracy": "most_frequent"}
     assert {name: one["baseline_kind"] for name, one in metrics["summary"].items()} == kinds
     for one in metrics["summary"].values():
         assert one["n"] == sides["test"] and one["higher_is_better"]
         assert 0 <= one["ci95"][0] <= one["value"] <= one["ci95"][1] <= 1
         assert 0 < one["baseline"] < 1 and 0 <= one["trivial"] <= 1
-    card = (coca / "describe_model/model/README.md").read_text(encoding="utf-8")
+    card = (coca / "describe_model/main/model/README.md").read_text(encoding="utf-8")
     assert "## " in card and f"{sides['test']} slides of" in card
     assert len(list(coca.rglob("*.png"))) == 5
 
@@ -99,7 +106,7 @@ def test_new_slides_are_captioned_and_compared(finished_run):
     for one in made:
         assert list(one["scores"]) == SETTINGS["coca"]["predict"]["texts"]
         assert sum(score["softmax"] for score in one["scores"].values()) == pytest.approx(1)
-    assert (run / "results/coca/predict/predictions.quarantine.tsv").read_text() == "path\treason\n"
+    assert (run / "results/coca/predict/main/predictions.quarantine.tsv").read_text() == "path\treason\n"
 
 
 def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run):
@@ -120,6 +127,34 @@ def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run
     ],
 )
 def test_a_setting_reruns_its_readers(finished_run, value, jobs):
+    assert workflow.planned(*finished_run, "coca", "--config", f"set={value}") == named(jobs)
+
+
+def test_a_variant_is_made_beside_main_which_stays(copied):
+    checkout, run = copied
+    low = ("coca", "--config", "set=coca.variants.low.train.lr=1e-4")
+    before = of_run(run, "main")
+    assert workflow.planned(checkout, run, *low) == named({"train": 1, **AFTER_TRAINING})
+    workflow.run(checkout, run, *low)
+    assert of_run(run, "main") == before
+    made = {str(path).replace("/low/", "/main/", 1): data for path, data in of_run(run, "low").items()}
+    assert set(made) == set(map(str, before))
+    model = str(run / "results/coca/train/main/model.safetensors")
+    assert made[model] != before[Path(model)]
+    for name in ("main", "low"):
+        metrics = json.loads((run / f"results/coca/evaluate/{name}/metrics.json").read_text())
+        assert set(metrics["summary"]) == {"retrieval_r5", "caption_diagnosis_accuracy"}
+    assert workflow.planned(checkout, run, *low) == {} == workflow.planned(checkout, run, "coca")
+
+
+@pytest.mark.parametrize(
+    ("value", "jobs"),
+    [
+        ("coca.variants.main.seeds=[42,7]", {"train": 1, **AFTER_TRAINING}),
+        ("coca.variants.same.train.lr=1e-3", {}),
+    ],
+)
+def test_a_seed_of_its_own_and_a_variant_that_changes_nothing_are_mains(finished_run, value, jobs):
     assert workflow.planned(*finished_run, "coca", "--config", f"set={value}") == named(jobs)
 
 
@@ -148,11 +183,21 @@ def test_a_frozen_slide_encoder_comes_before_training_and_a_trained_one_after(fi
     shutil.copytree(run, fresh, ignore=shutil.ignore_patterns("results", ".snakemake"))
     (fresh / "prism.safetensors").write_bytes(b"not read by a dry run")
     frozen = ("--config", "set=coca.encoder.weights=prism.safetensors")
-    latents, model = "results/coca/encode_slides/latents/index.parquet", "results/coca/train/model.safetensors"
+    latents = "results/coca/encode_slides/main/latents/index.parquet"
+    model = "results/coca/train/main/model.safetensors"
     assert workflow.planned(checkout, fresh, latents, *frozen) == named({"list_slides": 1, "encode_slides": 1})
     before = named(dict.fromkeys(("list_slides", "split", "train_tokenizer", "train"), 1))
     assert workflow.planned(checkout, fresh, model, *frozen) == before | {"coca_encode_slides": 1}
     assert workflow.planned(checkout, fresh, latents) == before | {"coca_encode_slides": 1}
+    both = f"{frozen[1]} coca.variants.low.train.lr=1e-4"
+    twice = named(dict.fromkeys(("train", "caption", "evaluate", "describe_model", "predict"), 2))
+    planned = workflow.planned(checkout, fresh, "coca", "--config", both)
+    assert planned == before | twice | {"coca_encode_slides": 1}
+    planned = workflow.planned(checkout, fresh, "coca", "--config", f"{both} coca.variants.low.encoder.depth=1")
+    assert planned == before | twice | {"coca_encode_slides": 2}
+    trained = f"{both} coca.variants.low.encoder.frozen=false"
+    done = workflow.run(checkout, fresh, "coca", "--dry-run", "--config", trained, check=False)
+    assert done.returncode and "coca.encoder.is_frozen differs between variants" in done.stdout + done.stderr
 
 
 def test_predictions_by_the_model_of_another_run(finished_run, tmp_path):
@@ -160,12 +205,12 @@ def test_predictions_by_the_model_of_another_run(finished_run, tmp_path):
     checkout, run = finished_run
     there = tmp_path / "elsewhere"
     shutil.copytree(run / "new", there / "new")
-    shutil.copytree(run / "results/coca/describe_model/model", there / "model")
+    shutil.copytree(run / "results/coca/describe_model/main/model", there / "model")
     predict = {**SETTINGS["coca"]["predict"], "model": "model"}
     settings = {**SETTINGS, "coca": {"predict": predict, "caption": SETTINGS["coca"]["caption"]}}
     (there / "config").mkdir()
     (there / "config/config.yaml").write_text(yaml.safe_dump(settings))
-    done = workflow.run(checkout, there, "coca_predict")
+    done = workflow.run(checkout, there, "coca_predictions")
     assert workflow.finished(done.stdout + done.stderr) == {"coca_predict": 1}
     assert predictions(there) == predictions(run)
 
@@ -173,6 +218,6 @@ def test_predictions_by_the_model_of_another_run(finished_run, tmp_path):
 def test_without_new_slides_there_is_nothing_to_predict(finished_run):
     none = ("--config", "set=coca.predict.slides=null")
     assert workflow.planned(*finished_run, "coca", *none) == {}
-    done = workflow.run(*finished_run, "coca_predict", "--dry-run", *none, check=False)
+    done = workflow.run(*finished_run, "coca_predictions", "--dry-run", *none, check=False)
     said = done.stdout + done.stderr
     assert done.returncode and "coca.predict.slides is not set" in said and "Hint: set it to the folder" in said

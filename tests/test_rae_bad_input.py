@@ -138,15 +138,20 @@ def test_gpus_that_do_not_divide_the_batch_stop_the_plan_of_what_trains(data, tm
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"resources": {"gpu_single": {"gpu": 5}}, "rae": rae}))
     (run := tmp_path / "run").mkdir()
-    target = "results/rae/train_autoencoder/siglip2/autoencoder.safetensors"
+    target = "results/rae/train_autoencoder/main/siglip2/autoencoder.safetensors"
     more = ["--configfile", str(config), "--resources", "gpu=8"]
     done = workflow.run(ROOT, run, target, "--dry-run", *more, check=False)
     said = done.stdout + done.stderr
     assert done.returncode and "batch_size 24 over 5 processes" in said and "set it to a multiple of 5" in said
     others = workflow.planned(ROOT, run, "results/rae/compute_latent_stats/siglip2/stat.pt", *more)
     assert others == {"rae_build_arrow": 1, "rae_compute_latent_stats": 1}
-    name = "set=resources.gpu_single.gpu=4 rae.autoencoder.init_from=rae-decoder-siglip2-base-vitxl"
-    planned = workflow.planned(ROOT, run, target, *more, "--config", name)
+    # each run of a variant by its own settings
+    values = ("resources.gpu_single.gpu=4", "rae.variants.odd.autoencoder.batch_size=23",
+              "rae.variants.after.autoencoder.init_from=rae-decoder-siglip2-base-vitxl")  # fmt: skip
+    more += ["--config", f"set={' '.join(values)}"]
+    done = workflow.run(ROOT, run, target.replace("main", "odd"), "--dry-run", *more, check=False)
+    assert done.returncode and "batch_size 23 over 4 processes" in done.stdout + done.stderr
+    planned = workflow.planned(ROOT, run, target.replace("main", "after"), *more)
     assert planned == {**others, "retrieve_model": 1, "rae_train_autoencoder": 1}
 
 

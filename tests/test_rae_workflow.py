@@ -267,14 +267,14 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     after = {"rae_export": 1, "rae_describe_model": 1}
     assert planned() == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder"), 1) | after
     workflow.run(ROOT, tmp_path, *wanted)
-    metrics = json.loads((tmp_path / "results/rae/evaluate/siglip2/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "results/rae/evaluate/main/siglip2/metrics.json").read_text())
     assert metrics["summary"]["siglip2_rfid"]["n"] == 20
     assert not list((tmp_path / "results/state/rae").rglob("*.safetensors"))
-    logs = tmp_path / "results/logs/rae/train_autoencoder"
+    logs = tmp_path / "results/logs/rae/train_autoencoder/main"
     assert re.findall("step (\\d+): rFID", (logs / "siglip2.log").read_text()) == ["10", "20", "30"]
     assert sorted(p.name for p in logs.rglob("*.png")) == ["step-0000016.png", "step-0000032.png"]
     assert planned() == {}
-    card = (tmp_path / "results/rae/describe_model/siglip2/model/README.md").read_text()
+    card = (tmp_path / "results/rae/describe_model/main/siglip2/model/README.md").read_text()
     assert "| rFID (lower is better) |" in card and "random features, not comparable" in card
     scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1, "rae_describe_model": 1}
     assert planned("--config", "set=rae.evaluate.max_images=10") == scoring
@@ -284,5 +284,23 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     assert planned("--config", "set=rae.evaluate.extractor=inception-v3-compat") == scoring
     (tmp_path / "inception.pth").write_bytes(b"other and newer")
     assert planned() == {}
-    rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
-    assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after
+    once = {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after
+    assert planned("--config", "set=rae.autoencoder.lr=1e-3") == once
+
+    # a variant beside main, trained by another LPIPS, scored by main's
+    assert planned("--config", "set=rae.variants.main.seeds=[42,7]") == once
+    assert planned("--config", "set=rae.variants.same.autoencoder.lr=5e-3") == {}
+    low = ("--config", "set=rae.variants.low.autoencoder.lr=1e-3 rae.variants.low.perceptual.backbone=[8,8]")
+    assert planned(*low) == once
+    results = tmp_path / "results/rae"
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    workflow.run(ROOT, tmp_path, *wanted, *low)
+    assert {path: path.read_bytes() for path in before} == before
+    made = {path for path in results.rglob("*") if path.is_file()} - set(before)
+    assert made == {Path(str(path).replace("/main/", "/low/")) for path in before} - set(before)
+    weights = [results / f"train_autoencoder/{name}/siglip2/autoencoder.safetensors" for name in ("main", "low")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    for step, backbone in (("train_autoencoder", [8, 8]), ("reconstruct", [4, 8]), ("evaluate", [4, 8])):
+        record = json.loads((results / step / "low/siglip2/meta.json").read_text())
+        assert record["settings"]["perceptual"]["backbone"] == backbone
+    assert planned(*low) == {} == planned()

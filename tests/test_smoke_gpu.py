@@ -7,8 +7,8 @@ MINUTES = 10  # that a pipeline may take on one GPU
 TRAININGS = {
     "vase": ["vase/train_classifier", "vase/train_grpo", "vase/train_sft"],
     "busi": ["busi/train_lora/main/lora", "busi/train_lora/main/qlora"],
-    "rae": ["rae/train_autoencoder/dinov2", "rae/train_autoencoder/siglip2"],
-    "coca": ["coca/train"],
+    "rae": ["rae/train_autoencoder/main/dinov2", "rae/train_autoencoder/main/siglip2"],
+    "coca": ["coca/train/main"],
     "biomedica": ["biomedica/train_clip/main/hybrid-42"],
 }
 

@@ -103,14 +103,14 @@ def test_the_table_has_a_line_for_each_training(tmp_path, clock, capsys, monkeyp
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("SLURMD_NODENAME", "node3")
     with contextlib.ExitStack() as held:
-        for name, phase in (("rae/train/dinov2", "training"), ("coca/train", "evaluating")):
+        for name, phase in (("rae/train/dinov2", "training"), ("coca/train/main", "evaluating")):
             held.enter_context(writer_lock(training(tmp_path, name, phase=phase), "training"))
         training(tmp_path, "biomedica/train", phase="stalled")
         (tmp_path / "rae/other/state/step-000000001").mkdir(parents=True)
         found = [[cell.strip() for cell in line if cell.strip()] for line in lines(tmp_path, capsys)]
         assert found[0] == list(status.HEAD)
         assert found[1][:2] == ["biomedica/train", "stopped 0s ago (stalled)"]
-        assert found[2][:2] == ["coca/train", "evaluating"]
+        assert found[2][:2] == ["coca/train/main", "evaluating"]
         assert found[3] == [
             "rae/train/dinov2", "training", "30/120", "0.5000", "3", "30s", "1m 05s ago", f"pid {os.getpid()}", "node3",
         ]  # fmt: skip
@@ -122,7 +122,7 @@ def test_the_table_has_a_line_for_each_training(tmp_path, clock, capsys, monkeyp
 
 
 def test_one_whose_results_are_not_yet_sure_is_done(tmp_path, capsys):
-    folder = training(tmp_path, "rae/train_autoencoder/dinov2")
+    folder = training(tmp_path, "rae/train_autoencoder/main/dinov2")
     (folder.parent / spent.MARK).touch()
     assert lines(tmp_path, capsys)[-1][1] == "done"
 

@@ -72,6 +72,7 @@ def count_jobs(text: str) -> dict[str, int]:
         "biomedica",
         "busi",
         "coca",
+        "coca_predictions",
         "rae",
         "rae_evaluate_published",
         "report",

@@ -1,11 +1,12 @@
 """Settings of pipeline `coca`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
+from scripts.common.variants import VariedSettings
 
 EXTENSIONS = (".h5", ".hdf5")  # of slide files
 
@@ -213,8 +214,11 @@ class PredictSettings(Settings):
         return self
 
 
-class CocaSettings(Settings):
+class CocaSettings(VariedSettings):
     """Pipeline `coca`: slide embeddings and report texts to a CoCa model, its captions and retrieval scores."""
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {"encode": ("encoder",), "train": ("model", "train")}
+    seeded: ClassVar[tuple[str, ...]] = ("train.seed",)
 
     slides: str = Field("data/slides", description="folder of tile embeddings, one .h5 per slide, at any depth")
     labels: str = Field("data/slides/labels.json", description="{slide: text}, UTF-8")

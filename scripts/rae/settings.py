@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
+from scripts.common.variants import VariedSettings
 
 CUT_FROM_TRAIN = "cut from train"  # what a dataset's summary calls a validation split of that origin
 VALIDATION = ("validation", "val")  # what the split is called, unless `validation_split` says so
@@ -285,8 +286,11 @@ class PublishedEncodersSettings(ByEncoder):
     siglip_so400m: PublishedSettings = Field(PublishedSettings(), description="none is published")
 
 
-class RaeSettings(Settings):
+class RaeSettings(VariedSettings):
     """Pipeline `rae`: image folders to a representation autoencoder and its rFID."""
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("decoder", "perceptual", "discriminator", "autoencoder")}
+    seeded: ClassVar[tuple[str, ...]] = ("autoencoder.seed",)
 
     images: str = Field("data/imagenet", description="folder with train/ and val/, or class folders alone")
     dataset: DatasetSettings = DatasetSettings()
