@@ -260,6 +260,7 @@ rule vase_train_classifier:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("vase_train_classifier"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.labelled),
@@ -385,6 +386,7 @@ rule vase_embed_images:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("vase_embed_images", measure=VASE_SHARDS.count),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),

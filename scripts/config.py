@@ -80,6 +80,10 @@ class Config(Settings):
     device: str = execution(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
     )
+    check_disk: bool = execution(True, description="stop before the first job if a disk lacks room for what they write")
+    keep_shards: bool = execution(
+        True, description="false: tables and embeddings of single shards go once they are read; a change redoes them"
+    )
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()
