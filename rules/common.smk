@@ -120,11 +120,16 @@ class Runs:
         self.names = list(self.configs)
         self.first = self.names[0]
         self.pattern = "|".join(self.names)
+        self.variant_of = {name: run.variant for name, run in variants.runs(self.section).items()}
         self.serving = {stage: variants.serving(self.section, stage) for stage in self.section.stages}
 
     def of(self, wildcards):
         """The configuration of the run that a job belongs to."""
-        return self.configs[wildcards.variant]
+        return self.configs[self._run(wildcards.variant)]
+
+    def _run(self, name):
+        """The run of that name, or the first one of the variant of that name, where a rule has seeds of its own."""
+        return name if name in self.configs else next(run for run in self.names if self.variant_of[run] == name)
 
     def numerics(self, place=None, /, **places):
         """`numerics` of a job's run; {wildcard} may stand in a place."""
@@ -145,13 +150,30 @@ class Runs:
             raise WorkflowError(f"{place} differs between variants: {values}\nHint: give another `results` folder")
         return values[self.first]
 
+    def model_files(self, place):
+        """An input function: the files of the model that is named at a place of a job's run, if one is."""
+        return lambda wildcards: [
+            file
+            for name in [kiln_config.section(self.of(wildcards), place)]
+            if name
+            for file in model_folder_files(name)
+        ]
+
+    def model_option(self, option, place):
+        """A params function: the option that gives that model's folder; not recorded, as what `outside` gives."""
+        return lambda wildcards, output: " ".join(
+            f"{option} {shlex.quote(model_folder(name))}"
+            for name in [kiln_config.section(self.of(wildcards), place)]
+            if name
+        )
+
     def at(self, stage, pattern):
         """The files of an earlier stage, whose names hold {variant}, that serve a job's run."""
         return lambda wildcards: self.path(stage, pattern, **wildcards)
 
     def path(self, stage, pattern, **wildcards):
         """The file of a stage that serves the run `variant`; a list for a list of patterns."""
-        served_by = {**wildcards, "variant": self.serving[stage][wildcards["variant"]]}
+        served_by = {**wildcards, "variant": self.serving[stage][self._run(wildcards["variant"])]}
         if isinstance(pattern, str):
             return str(pattern).format(**served_by)
         return [str(one).format(**served_by) for one in pattern]
@@ -159,6 +181,16 @@ class Runs:
     def headline(self, *patterns, **wildcards):
         """The files for the first run, that of `main`, whose numbers are the headline."""
         return [path for one in patterns for path in expand(one, variant=self.first, **wildcards)]
+
+    def metrics(self, stage, *patterns, **wildcards):
+        """The metrics files of a stage as {file: variant/run}, of each run that has its own."""
+        own = [name for name in self.names if self.serving[stage][name] == name]
+        return {
+            path: f"{self.variant_of[name]}/{name}"
+            for name in own
+            for one in patterns
+            for path in expand(one, variant=name, **wildcards)
+        }
 
     def all(self, stage, *patterns, **wildcards):
         """The files of a stage for all runs, each once."""
