@@ -30,7 +30,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
 from scripts import needs
-from scripts.common import cluster_guard, disk, spent, variants
+from scripts.common import cluster_guard, disk, prune, sizes, spent, variants
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
@@ -403,6 +403,11 @@ class ShardedFolder:
         return paths
 
 
+def of_shard(path):
+    """An output for each shard that can be made anew; it goes once it is read, if the user wants the room."""
+    return path if CONFIG.keep_shards else temp(path)
+
+
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
 
 
@@ -439,6 +444,18 @@ def record_finished():
                 workflow.async_run(workflow.persistence.finished(job))
 
 
+def describe_results():
+    """Keep which folders variants name, and write {results}/README.md."""
+    made = [str(path) for rule in workflow.rules for path in [*rule.output, *rule.log, rule.benchmark] if path]
+    below = [path.removeprefix(f"{RESULTS}/") for path in made if path.startswith(f"{RESULTS}/")]
+    try:
+        prune.remember_variants(Path(RESULTS), below)
+        text = Path(ROOT, "docs/results.md").read_text(encoding="utf-8")
+        sizes.write_readme(Path(RESULTS), text, kiln_config.current_runs([CONFIG]))
+    except (KilnError, OSError) as error:  # of a disk that is full, say: the run itself ended well
+        logger.warning(f"{RESULTS}/README.md is not up to date: {error}")
+
+
 onstart:
     if workflow.is_main_process and CONFIG.check_disk:
         or_stop(lambda: disk.require(needed_disk()))
@@ -450,6 +467,8 @@ onstart:
 
 onsuccess:
     spent.sweep(Path(STATE))
+    if workflow.is_main_process:
+        describe_results()
 
 
 onerror:
