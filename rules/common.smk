@@ -277,10 +277,11 @@ def disk_mb(rule, *alike, measure=None):
     return lambda wildcards: sum(one.bytes or 0 for one in needed(wildcards)) // 10**6
 
 
-def needed_disk():
-    """What the jobs that will run write, by filesystem."""
+def check_disk():
+    """Stop, or warn in a dry run, if a disk lacks room for what the jobs that will run write."""
     jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name in WRITES]
-    return disk.by_filesystem((job.rule.name, need) for job in jobs for need in WRITES[job.rule.name](job.wildcards))
+    asked = ((job.rule.name, need) for job in jobs for need in WRITES[job.rule.name](job.wildcards))
+    disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
 
 
 def model_files(name, *files):
@@ -458,7 +459,7 @@ def describe_results():
 
 onstart:
     if workflow.is_main_process and CONFIG.check_disk:
-        or_stop(lambda: disk.require(needed_disk()))
+        or_stop(check_disk)
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
         record_finished()

@@ -83,6 +83,9 @@ def test_jobs_that_do_not_run_need_nothing(checkout, tmp_path):
     assert workflow.planned(checkout, run, target, "--config", "check_disk=false") == {}
     text = (run / "results/README.md").read_text()
     assert "`rae/build_arrow/`" in text and text.startswith("# The results tree")
+    named = json.loads((run / "results/state/variants.json").read_text())
+    places = ("busi/train_lora", "state/busi/train_lora", "logs/busi/train_lora", "benchmarks/busi/evaluate")
+    assert set(places) < set(named) and "busi/split" not in named
     (run / "results").rename(run / "kept")
     inner = " ".join(f"'{part}'" for part in workflow.command(checkout, run, target))
     script = f"cp -a '{run}/kept/.' '{run}/results/'; head -c 2M /dev/zero > '{run}/results/filler'; {inner} --quiet"
@@ -203,3 +206,6 @@ def test_each_filesystem_by_itself(tmp_path, monkeypatch):
         disk.require(systems)
     assert "a x 2" in error.value.message and str(tmp_path) in error.value.message
     disk.require(systems[1:])
+    said = []
+    disk.require(systems, said.append)
+    assert said == [str(error.value)]

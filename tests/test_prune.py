@@ -46,7 +46,7 @@ def results(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     made = tmp_path / "results"
     made.mkdir()
-    patterns = ["busi/train_lora/{variant}/{method}/meta.json", "busi/split/splits.csv"]
+    patterns = ["busi/train_lora/{variant,main|low}/{method}/meta.json", "busi/split/splits.csv"]
     patterns += ["logs/busi/evaluate/{variant}.log", "benchmarks/busi/evaluate/{variant}.tsv"]
     prune.remember_variants(made, patterns)
     config = {"busi": {"variants": {"low": {"train": {"lr": 1e-5}, "seeds": [0, 1]}}}}
@@ -94,6 +94,8 @@ def test_a_variant_that_may_be_in_use_stays(results):
         assert (results / f"state/busi/train_lora/gone/lora/{OLD}/step-000000007/shared.pt").is_file()
     assert "busi/train_lora/fresh/lora/meta.json" in left(results)
     assert "busi/train_lora/gone/lora/meta.json" in left(results)
+    for path in results.rglob("*"):
+        age(path, 2)
     cli.main(["--results", str(results), "--configfile", "a.yaml", "--yes"])
     assert not [name for name in left(results) if "gone" in name]
 

@@ -7,7 +7,7 @@ says (statvfs): a quota of a project or a user, which it may not know of, is not
 import collections
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,21 +141,28 @@ def table(systems: Sequence[Filesystem]) -> str:
     )
 
 
-def require(systems: Sequence[Filesystem]) -> None:
+def require(systems: Sequence[Filesystem], warn: Callable[[str], None] | None = None) -> None:
     """Make sure that every filesystem has the room that is known to be needed.
+
+    Args:
+        warn: told of what is wrong, in place of an error.
 
     Raises:
         KilnError: one has not; the message holds the table.
     """
     short = [one for one in systems if one.needed > one.free]
-    if short:
-        raise KilnError(
-            f"too little room on the disk of {', '.join(str(one.place) for one in short)} for the jobs that will run:\n"
-            f"{table(systems)}",
-            "free some space (`make prune` lists what no configuration names), build one pipeline at a time, or point "
-            "`results` (models, datasets, biomedica.remote.cache_folder) at another disk; `check_disk: false` goes on "
-            "all the same",
-        )
+    if not short:
+        return
+    error = KilnError(
+        f"too little room on the disk of {', '.join(str(one.place) for one in short)} for the jobs that will run:\n"
+        f"{table(systems)}",
+        "free some space (`make prune` lists what no configuration names), build one pipeline at a time, or point "
+        "`results` (models, datasets, biomedica.remote.cache_folder) at another disk; `check_disk: false` goes on "
+        "all the same",
+    )
+    if warn is None:
+        raise error
+    warn(str(error))
 
 
 def size(number: float) -> str:

@@ -28,6 +28,7 @@ from scripts.common.errors import KilnError
 VARIANTS = "variants.json"  # below the states: the folders whose parts are named by variants
 STATE = re.compile(r"[0-9a-f]{16}")  # a state folder's name: a fingerprint
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old)")
+WILDCARD = re.compile(r"\{variant(,[^}]*)?\}(\.|$)")  # as Snakemake writes it, with its constraint
 DAY = 86400.0
 LEFTOVER_DAYS = 1.0  # a job of another node may still be writing; nothing is written for longer at a time
 BEAT_SECONDS = 3600.0  # a training with a younger heartbeat may run on a node whose locks are not seen here
@@ -85,7 +86,7 @@ def remember_variants(results: Path, patterns: Sequence[str]) -> None:
     folders = set()
     for pattern in patterns:
         parts = pattern.split("/")
-        at = next((i for i, part in enumerate(parts) if part.partition(".")[0] == "{variant}"), None)
+        at = next((i for i, part in enumerate(parts) if WILDCARD.match(part)), None)
         if at:
             folders.add("/".join(parts[:at]))
             if parts[0] not in ("logs", "benchmarks") and at == 2:
