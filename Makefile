@@ -9,9 +9,10 @@ CORES ?= all
 TEST_PROCESSES ?= 2
 RESULTS ?= results
 PIPELINES ?= vase busi rae coca biomedica
+PRUNED = $(if $(filter-out file,$(origin RESULTS)),--results $(RESULTS))
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status adopt doctor lock dvc clean-env clean-demo
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status prune adopt doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -92,6 +93,9 @@ adopt: install ## wait for the Slurm jobs that a killed Snakemake left, so that 
 
 status: install ## the trainings that run or stopped, a line each (RESULTS=results/demo)
 	@$(BIN)/python -m scripts.common.status --state $(RESULTS)/state
+
+prune: install ## list what no configuration names, what is spent or left over; `make prune YES=1` removes it (CONFIGS="a.yaml b.yaml" OLDER_THAN=14)
+	@$(BIN)/python -m scripts.prune $(PRUNED) $(addprefix --configfile ,$(CONFIGS)) $(if $(OLDER_THAN),--older-than $(OLDER_THAN)) $(if $(YES),--yes)
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor

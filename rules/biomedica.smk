@@ -254,6 +254,7 @@ rule biomedica_train_clip:
     threads: class_threads(BIOMEDICA_TRAIN_CLASS)
     resources:
         **class_resources(BIOMEDICA_TRAIN_CLASS),
+        disk_mb=disk_mb("biomedica_train_clip"),
     params:
         step=outside(STEP_ONLINE if BIOMEDICA_REPO else STEP),
         hub=lambda wildcards, input, output: endpoint(input.hub),

@@ -291,6 +291,7 @@ rule busi_train_lora:
     threads: class_threads(CONFIG.busi.resources)
     resources:
         **class_resources(CONFIG.busi.resources),
+        disk_mb=disk_mb("busi_train_lora"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.busi.images),
@@ -345,6 +346,7 @@ rule busi_merge:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("busi_merge"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.busi.images),

@@ -41,6 +41,7 @@ COCA_TRAIN_CODE = ("scripts.common.devices", "scripts.coca.training")
 COCA_PICTURES = ("scores", "similarity", *(("confusion",) if CONFIG.coca.evaluate.classes else ()))
 COCA_NEW = CONFIG.coca.predict.slides
 COCA_GIVEN = CONFIG.coca.predict.model  # a model of another run, to predict with
+COCA_COUNT = once_drawn(COCA_SLIDES, lambda w: sum(folder_facts(COCA_SLIDES, COCA_EXTENSIONS).tops.values()))
 COCA_DEMO = "--demo" if COCA_SLIDES.startswith(f"{DEMO}/") else ""
 
 
@@ -177,6 +178,7 @@ rule coca_encode_slides:
     threads: class_threads(CONFIG.coca.resources)
     resources:
         **class_resources(CONFIG.coca.resources),
+        disk_mb=disk_mb("coca_encode_slides", measure=COCA_COUNT),
     params:
         step=outside(STEP),
         slides=outside(COCA_SLIDES),
@@ -242,6 +244,7 @@ rule coca_train:
     threads: class_threads(CONFIG.coca.resources)
     resources:
         **class_resources(CONFIG.coca.resources),
+        disk_mb=disk_mb("coca_train"),
     params:
         step=outside(STEP),
         source=outside("--latents" if COCA_FROZEN else "--slides"),

@@ -29,7 +29,8 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
-from scripts.common import cluster_guard, spent, variants
+from scripts import needs
+from scripts.common import cluster_guard, disk, prune, sizes, spent, variants
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
@@ -102,6 +103,9 @@ def outside(value):
     return lambda wildcards, output: value
 
 
+RUNS_OF = {}  # pipeline: its runs
+
+
 class Runs:
     """The runs of a pipeline: its variants with their seeds; see scripts/common/variants.py.
 
@@ -110,6 +114,7 @@ class Runs:
     """
 
     def __init__(self, pipeline):
+        RUNS_OF[pipeline] = self
         self.section = getattr(CONFIG, pipeline)
         self.configs = or_stop(kiln_config.runs, CONFIG, pipeline)
         self.names = list(self.configs)
@@ -249,6 +254,36 @@ def class_resources(name):
     return wanted
 
 
+WRITES = {}  # rule: what a job of it writes, of those that write much
+
+
+def disk_mb(rule, *alike, measure=None):
+    """A resource: MB (1e6 bytes) that a job of a rule, or of one like it, writes, as far as known: scripts/needs.py.
+
+    It is not recorded, so nothing is rerun when it changes. `measure` is a params function.
+    """
+
+    def needed(wildcards):
+        runs = RUNS_OF.get(rule.partition("_")[0])
+        own = runs.of(wildcards) if runs and "variant" in wildcards.keys() else CONFIG
+        measured = None
+        with contextlib.suppress(KilnError, WorkflowError):  # the job's own input or params say why, and stop
+            measured = measure and measure(wildcards)
+        return needs.of_rule(rule, needs.Job(own, dict(wildcards.items()), model_folder, measured))
+
+    WRITES.update(dict.fromkeys((rule, *alike), needed))
+    if not workflow.is_main_process:
+        return 0
+    return lambda wildcards: sum(one.bytes or 0 for one in needed(wildcards)) // 10**6
+
+
+def check_disk():
+    """Stop, or warn in a dry run, if a disk lacks room for what the jobs that will run write."""
+    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name in WRITES]
+    asked = ((job.rule.name, need) for job in jobs for need in WRITES[job.rule.name](job.wildcards))
+    disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
+
+
 def model_files(name, *files):
     """What a rule that uses a model waits for; `files` are those of a model given by its path."""
     if name in MODELS:
@@ -331,15 +366,15 @@ def optional_table(path):
     return lambda wildcards: drawn(path)(wildcards) or ([path] if path else [])
 
 
+@functools.cache
+def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):
+    """A folder's images, or its files with other endings, as the main process found them: see `disk.facts`."""
+    return disk.facts(scan(Path(folder), extensions, may_be_empty).items if folder else [])
+
+
 def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False):
     """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings."""
-
-    @functools.cache
-    def scanned():
-        items = scan(Path(folder), extensions, may_be_empty).items if folder else []
-        return ShardTable({"all": items}).digest("all")
-
-    return once_drawn(folder, lambda wildcards: scanned())
+    return once_drawn(folder, lambda wildcards: folder_facts(folder, extensions, may_be_empty).digest)
 
 
 class ShardedFolder:
@@ -353,6 +388,7 @@ class ShardedFolder:
         self.table = f"{STATE}/{pipeline}/shards.parquet"
         self.digest = once_drawn(folder, lambda wildcards: self.now().digest(wildcards.shard))
         self.ignored = once_drawn(folder, lambda wildcards: self.now().ignored)
+        self.count = once_drawn(folder, lambda wildcards: len(self.now().items(wildcards.shard)))
 
     @functools.cache
     def now(self):
@@ -366,6 +402,11 @@ class ShardedFolder:
             return [pattern.format(shard=shard) for shard in or_stop(self.now).names()]
 
         return paths
+
+
+def of_shard(path):
+    """An output for each shard that can be made anew; it goes once it is read, if the user wants the room."""
+    return path if CONFIG.keep_shards else temp(path)
 
 
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
@@ -404,7 +445,21 @@ def record_finished():
                 workflow.async_run(workflow.persistence.finished(job))
 
 
+def describe_results():
+    """Keep which folders variants name, and write {results}/README.md."""
+    made = [str(path) for rule in workflow.rules for path in [*rule.output, *rule.log, rule.benchmark] if path]
+    below = [path.removeprefix(f"{RESULTS}/") for path in made if path.startswith(f"{RESULTS}/")]
+    try:
+        prune.remember_variants(Path(RESULTS), below)
+        text = Path(ROOT, "docs/results.md").read_text(encoding="utf-8")
+        sizes.write_readme(Path(RESULTS), text, kiln_config.current_runs([CONFIG]))
+    except (KilnError, OSError) as error:  # of a disk that is full, say: the run itself ended well
+        logger.warning(f"{RESULTS}/README.md is not up to date: {error}")
+
+
 onstart:
+    if workflow.is_main_process and CONFIG.check_disk:
+        or_stop(check_disk)
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
         record_finished()
@@ -413,6 +468,8 @@ onstart:
 
 onsuccess:
     spent.sweep(Path(STATE))
+    if workflow.is_main_process:
+        describe_results()
 
 
 onerror:

@@ -62,6 +62,9 @@ RAE_SOURCE = sorted(map(str, Path(RAE_IMAGES).glob("*/state.json")))
 if CONFIG.rae.dataset.source == "hub":
     RAE_IMAGES = f"{CONFIG.datasets}/{CONFIG.rae.dataset.repo}"
     RAE_SOURCE = [f"{RAE_IMAGES}/files.json"]
+RAE_FACTS = once_drawn(RAE_IMAGES, lambda w: folder_facts(RAE_IMAGES)) if RAE_IN_FOLDERS else None
+RAE_BYTES = functools.partial(needs.rae_bytes, CONFIG, RAE_IMAGES, RAE_FACTS)
+RAE_PICTURES = functools.partial(needs.rae_pictures, CONFIG, RAE_FACTS)
 
 
 rule rae_build_arrow:
@@ -83,6 +86,7 @@ rule rae_build_arrow:
     threads: class_threads("cpu")
     resources:
         **class_resources("cpu"),
+        disk_mb=disk_mb("rae_build_arrow", measure=RAE_BYTES),
     params:
         step=outside(STEP),
         images=outside(RAE_IMAGES),
@@ -187,6 +191,7 @@ rule rae_train_autoencoder:
     threads: class_threads(CONFIG.rae.resources)
     resources:
         **class_resources(CONFIG.rae.resources),
+        disk_mb=disk_mb("rae_train_autoencoder"),
     params:
         step=outside(STEP),
         encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],
@@ -249,6 +254,7 @@ rule rae_compute_reference_stats:
     threads: class_threads(CONFIG.rae.resources)
     resources:
         **class_resources(CONFIG.rae.resources),
+        disk_mb=disk_mb("rae_compute_reference_stats", measure=RAE_PICTURES),
     params:
         step=outside(STEP),
         execution=outside(execution(evaluate="rae.evaluate")),
@@ -310,6 +316,7 @@ rule rae_reconstruct:
     threads: class_threads(CONFIG.rae.resources)
     resources:
         **class_resources(CONFIG.rae.resources),
+        disk_mb=disk_mb("rae_reconstruct", "rae_reconstruct_published", measure=RAE_PICTURES),
     params:
         step=outside(STEP),
         encoder=lambda wildcards, output: RAE_FOLDERS[wildcards.encoder],

@@ -18,6 +18,8 @@ The table is no input: a row is in params instead, so that a changed row reruns 
 
 import re
 
+from scripts.retrieve.lock import locked_bytes
+
 MODELS_LOCK = f"{ROOT}/config/models.lock.json"
 DATASETS_LOCK = f"{ROOT}/config/datasets.lock.json"
 DATASETS = {CONFIG.rae.dataset.repo: CONFIG.rae.dataset.wanted()}
@@ -37,6 +39,8 @@ rule retrieve_model:
     conda:
         "../envs/retrieve.yaml"
     threads: 1
+    resources:
+        disk_mb=disk_mb("retrieve_model", measure=lambda w: locked_bytes(Path(MODELS_LOCK), w.name)),
     params:
         step=outside(STEP_ONLINE),
         row=lambda wildcards: MODELS[wildcards.name].identity(),
@@ -71,6 +75,8 @@ rule retrieve_dataset:
     conda:
         "../envs/retrieve.yaml"
     threads: 1
+    resources:
+        disk_mb=disk_mb("retrieve_dataset", measure=lambda w: locked_bytes(Path(DATASETS_LOCK), w.repo)),
     params:
         step=outside(STEP_ONLINE),
         settings=lambda wildcards: kiln_settings.to_json(DATASETS[wildcards.repo]),

@@ -36,7 +36,7 @@ rule vase_inspect_images:
     input:
         drawn(CONFIG.vase.images),
     output:
-        table=f"{VASE}/inspect_images/{{shard}}.parquet",
+        table=of_shard(f"{VASE}/inspect_images/{{shard}}.parquet"),
         meta=f"{VASE}/inspect_images/{{shard}}.meta.json",
     log:
         f"{LOGS}/vase/inspect_images/{{shard}}.log",
@@ -260,6 +260,7 @@ rule vase_train_classifier:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("vase_train_classifier"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.labelled),
@@ -296,7 +297,7 @@ rule vase_classify_images:
         shard=rules.vase_inspect_images.output.table,
         classifier=rules.vase_train_classifier.output.weights,
     output:
-        table=f"{VASE}/classify_images/{{shard}}.parquet",
+        table=of_shard(f"{VASE}/classify_images/{{shard}}.parquet"),
         meta=f"{VASE}/classify_images/{{shard}}.meta.json",
     log:
         f"{LOGS}/vase/classify_images/{{shard}}.log",
@@ -374,7 +375,7 @@ rule vase_embed_images:
         shard=rules.vase_inspect_images.output.table,
         model=model_files(CONFIG.vase.clip.model, "open_clip_config.json", "open_clip_model.safetensors"),
     output:
-        embeddings=f"{VASE}/embed_images/{{shard}}.arrow",
+        embeddings=of_shard(f"{VASE}/embed_images/{{shard}}.arrow"),
         meta=f"{VASE}/embed_images/{{shard}}.meta.json",
     log:
         f"{LOGS}/vase/embed_images/{{shard}}.log",
@@ -385,6 +386,7 @@ rule vase_embed_images:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("vase_embed_images", measure=VASE_SHARDS.count),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),

@@ -160,6 +160,7 @@ rule vase_train_sft:
     threads: class_threads(CONFIG.vase.train_resources)
     resources:
         **class_resources(CONFIG.vase.train_resources),
+        disk_mb=disk_mb("vase_train_sft"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
@@ -210,6 +211,7 @@ rule vase_merge_sft:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("vase_merge_sft", "vase_merge_grpo"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
@@ -306,6 +308,7 @@ rule vase_train_grpo:
     threads: class_threads(CONFIG.vase.train_resources)
     resources:
         **class_resources(CONFIG.vase.train_resources),
+        disk_mb=disk_mb("vase_train_grpo"),
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
@@ -490,6 +493,7 @@ rule vase_export_megatron:
     threads: class_threads("gpu_single")
     resources:
         **class_resources("gpu_single"),
+        disk_mb=disk_mb("vase_export_megatron"),
     params:
         step=outside(STEP),
         model=outside(VASE_GRPO_MODEL),

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class Config(Settings):
     device: str = execution(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
     )
+    check_disk: bool = execution(True, description="stop before the first job if a disk lacks room for what they write")
+    keep_shards: bool = execution(
+        True, description="false: tables and embeddings of single shards go once they are read; a change redoes them"
+    )
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()
@@ -112,6 +116,17 @@ def runs(config: Config, pipeline: str) -> dict[str, Config]:
     """{run: its configuration} of all variants and seeds of a pipeline; see `scripts.common.variants`."""
     found = variants.runs(getattr(config, pipeline))
     return {name: config.model_copy(update={pipeline: run.settings}) for name, run in found.items()}
+
+
+def current_runs(configs: Iterable[Config]) -> dict[str, set[str]]:
+    """{pipeline: names of its variants and of their runs}, of several configurations together."""
+    found: dict[str, set[str]] = {}
+    for config in configs:
+        for pipeline in type(config).model_fields:
+            own = getattr(config, pipeline)
+            if isinstance(own, variants.VariedSettings):
+                found.setdefault(pipeline, set()).update(own.variants, variants.runs(own))
+    return found
 
 
 def section(config: Config, dotted: str) -> Any:

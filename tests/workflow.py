@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("Snakefile", "rules", "scripts", "envs", "slurm", "config/models.csv")
+COPIED = ("Snakefile", "rules", "scripts", "envs", "slurm", "config/models.csv", "docs/results.md")
 
 
 def copy_checkout(folder: Path) -> Path:

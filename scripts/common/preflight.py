@@ -1,12 +1,12 @@
 """What a step makes sure of before it works: room on the disk, and memory on the device."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from scripts.common.disk import existing, free_bytes
 from scripts.common.errors import KilnError
 
 log = logging.getLogger("kiln")
@@ -25,15 +25,8 @@ def require_disk(path: Path, needed_bytes: int, what: str) -> None:
     Raises:
         KilnError: fewer are free, or `path` cannot be reached.
     """
-    place = path.absolute()
-    try:
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-    except OSError as error:
-        raise KilnError(
-            f"{path}: cannot be reached ({error.strerror})", "check the path and its permissions"
-        ) from error
+    place = existing(path)
+    free = free_bytes(place)
     if free < needed_bytes:
         raise KilnError(
             f"{path}: {what} need {in_gb(needed_bytes)}, and {in_gb(free)} are free on the disk of {place}",

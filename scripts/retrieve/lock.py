@@ -61,6 +61,16 @@ def read(path: Path) -> dict[str, Entry]:
         raise KilnError(f"{path}: not a lock of retrieved files: {error}", "restore it from version control") from None
 
 
+def locked_bytes(path: Path, name: str) -> int | None:
+    """Bytes of what is locked under `name`; None: nothing is.
+
+    Raises:
+        KilnError: the file is not a lock.
+    """
+    entry = read(path).get(name)
+    return entry and sum(file.bytes for file in entry.files.values())
+
+
 def entry_for(path: Path, model: Model) -> Entry | None:
     """What is locked for `model`, if anything.
 
