@@ -399,7 +399,7 @@ class ShardedFolder:
     def expand(self, pattern):
         def paths(wildcards):
             drawn(self.folder)(wildcards)
-            return [pattern.format(shard=shard) for shard in or_stop(self.now).names()]
+            return [pattern.format(**{**wildcards, "shard": shard}) for shard in or_stop(self.now).names()]
 
         return paths
 

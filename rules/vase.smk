@@ -11,24 +11,26 @@ OUTPUTS (below {results}/vase/):
     list_images/        manifest.parquet, quarantine.tsv, duplicates.tsv, summary.json
     split_labelled/     labelled.parquet: a side for each labelled image
     split/              splits.parquet: a side for each vase, decided once
-    train_classifier/   classifier.safetensors, metrics.json, used.parquet, curves, confusion matrix
-    link_classes/       classes/0, classes/1 (links), predictions.parquet
     embed_images/       CLIP embeddings by shard
-    choose_threshold/   threshold.json, percentiles.csv, scores.png
-    accept_images/      accepted/, rejected/ (links), filtering_report.json, funnel.png, samples.png
-    select_views/       best_views/ (links), best_views_report.json, filtering_stats.json, views.png
-    audit_split/        audit.json: no vase is chosen on what it is scored on
-    evaluate_filter/    metrics.json, where `truth` is set
+    score_images/       scores.parquet: each image against the prompts
+  and for each run of a variant (`main` is the configuration itself; one that shares a classifier has none of its own):
+    train_classifier/{variant}/  classifier.safetensors, metrics.json, used.parquet, curves, confusion matrix
+    classify_images/{variant}/   probability of high quality, by shard
+    link_classes/{variant}/      classes/0, classes/1 (links), predictions.parquet
+    choose_threshold/{variant}/  threshold.json, percentiles.csv, scores.png
+    accept_images/{variant}/     accepted/, rejected/ (links), filtering_report.json, funnel.png, samples.png
+    select_views/{variant}/      best_views/ (links), best_views_report.json, filtering_stats.json, views.png
+    audit_split/{variant}/       audit.json: no vase is chosen on what it is scored on
+    evaluate_filter/{variant}/   metrics.json, where `truth` is set
 
 STEPS: inspect (by shard), list, split, train, classify (by shard), embed (by shard), score, choose a
 threshold, accept, select, audit, evaluate. What leads to the classifier has priority: the longest chain starts there.
 """
 
 VASE = f"{RESULTS}/vase"
+VASE_RUNS = Runs("vase")
 VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard)
-VASE_BACKBONE = (
-    f"--weights {shlex.quote(model_file(CONFIG.vase.classifier.weights))}" if CONFIG.vase.classifier.weights else ""
-)
+VASE_BACKBONES = {name: one.vase.classifier.weights for name, one in VASE_RUNS.configs.items()}
 VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")
 
 
@@ -225,35 +227,37 @@ rule vase_split:
 rule vase_train_classifier:
     input:
         labelled=rules.vase_split_labelled.output.labelled,
-        weights=model_files(CONFIG.vase.classifier.weights) if CONFIG.vase.classifier.weights else [],
-        init=[CONFIG.vase.classifier.init_from] if CONFIG.vase.classifier.init_from else [],
+        weights=lambda w: model_files(VASE_BACKBONES[w.variant]) if VASE_BACKBONES[w.variant] else [],
+        init=lambda w: [one for one in [VASE_RUNS.of(w).vase.classifier.init_from] if one],
     output:
-        weights=f"{VASE}/train_classifier/classifier.safetensors",
-        metrics=f"{VASE}/train_classifier/metrics.json",
-        used=f"{VASE}/train_classifier/used.parquet",
+        weights=f"{VASE}/train_classifier/{{variant}}/classifier.safetensors",
+        metrics=f"{VASE}/train_classifier/{{variant}}/metrics.json",
+        used=f"{VASE}/train_classifier/{{variant}}/used.parquet",
         loss=report(
-            f"{VASE}/train_classifier/loss.png",
+            f"{VASE}/train_classifier/{{variant}}/loss.png",
             caption="captions/vase_loss.rst",
             category="vase",
-            labels={"step": "train_classifier", "picture": "loss"},
+            labels={"step": "train_classifier", "variant": "{variant}", "picture": "loss"},
         ),
         accuracy=report(
-            f"{VASE}/train_classifier/accuracy.png",
+            f"{VASE}/train_classifier/{{variant}}/accuracy.png",
             caption="captions/vase_accuracy.rst",
             category="vase",
-            labels={"step": "train_classifier", "picture": "accuracy"},
+            labels={"step": "train_classifier", "variant": "{variant}", "picture": "accuracy"},
         ),
         confusion=report(
-            f"{VASE}/train_classifier/confusion.png",
+            f"{VASE}/train_classifier/{{variant}}/confusion.png",
             caption="captions/vase_confusion.rst",
             category="vase",
-            labels={"step": "train_classifier", "picture": "confusion matrix"},
+            labels={"step": "train_classifier", "variant": "{variant}", "picture": "confusion matrix"},
         ),
-        meta=f"{VASE}/train_classifier/meta.json",
+        meta=f"{VASE}/train_classifier/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/train_classifier.log",
+        f"{LOGS}/vase/train_classifier/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/train_classifier.tsv"
+        f"{BENCHMARKS}/vase/train_classifier/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     priority: 50
     conda:
         "../envs/vision.yaml"
@@ -264,24 +268,26 @@ rule vase_train_classifier:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.labelled),
-        execution=outside(execution("vase.classifier")),
+        execution=VASE_RUNS.execution("vase.classifier"),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
         state=outside(f"{STATE}/vase/train_classifier"),
         tracker=outside(f"{LOGS}/vase/train_classifier"),
-        settings=numerics("vase.classifier"),
+        settings=VASE_RUNS.numerics("vase.classifier"),
         code=code_key(*VASE_CLASSIFIER_CODE),
         folder=subpath(output.meta, parent=True),
-        weights=outside(VASE_BACKBONE),
+        weights=lambda w, output: (
+            f"--weights {shlex.quote(model_file(VASE_BACKBONES[w.variant]))}" if VASE_BACKBONES[w.variant] else ""
+        ),
     message:
-        "Train the image-quality classifier"
+        "Train the image-quality classifier ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.train_classifier"
         " --images {params.images:q}"
         " --labelled {input.labelled:q}"
         " {params.weights}"
-        " --state-folder {params.state:q}"
-        " --tracker-folder {params.tracker:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -297,12 +303,14 @@ rule vase_classify_images:
         shard=rules.vase_inspect_images.output.table,
         classifier=rules.vase_train_classifier.output.weights,
     output:
-        table=of_shard(f"{VASE}/classify_images/{{shard}}.parquet"),
-        meta=f"{VASE}/classify_images/{{shard}}.meta.json",
+        table=of_shard(f"{VASE}/classify_images/{{variant}}/{{shard}}.parquet"),
+        meta=f"{VASE}/classify_images/{{variant}}/{{shard}}.meta.json",
     log:
-        f"{LOGS}/vase/classify_images/{{shard}}.log",
+        f"{LOGS}/vase/classify_images/{{variant}}/{{shard}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/classify_images/{{shard}}.tsv"
+        f"{BENCHMARKS}/vase/classify_images/{{variant}}/{{shard}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("gpu_single")
@@ -317,7 +325,7 @@ rule vase_classify_images:
         settings=numerics("vase.classify"),
         code=code_key("scripts.vase.classify_images"),
     message:
-        "Classify images of shard {wildcards.shard}"
+        "Classify images of shard {wildcards.shard} ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.classify_images"
         " --images {params.images:q}"
@@ -336,16 +344,18 @@ rule vase_classify_images:
 rule vase_link_classes:
     input:
         manifest=rules.vase_list_images.output.manifest,
-        predictions=VASE_SHARDS.expand(f"{VASE}/classify_images/{{shard}}.parquet"),
+        predictions=VASE_SHARDS.expand(f"{VASE}/classify_images/{{variant}}/{{shard}}.parquet"),
     output:
-        predictions=f"{VASE}/link_classes/predictions.parquet",
-        links=f"{VASE}/link_classes/classes/files.json",
-        summary=f"{VASE}/link_classes/summary.json",
-        meta=f"{VASE}/link_classes/meta.json",
+        predictions=f"{VASE}/link_classes/{{variant}}/predictions.parquet",
+        links=f"{VASE}/link_classes/{{variant}}/classes/files.json",
+        summary=f"{VASE}/link_classes/{{variant}}/summary.json",
+        meta=f"{VASE}/link_classes/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/link_classes.log",
+        f"{LOGS}/vase/link_classes/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/link_classes.tsv"
+        f"{BENCHMARKS}/vase/link_classes/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -357,7 +367,7 @@ rule vase_link_classes:
         code=code_key("scripts.vase.link_classes"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Link images by class"
+        "Link images by class ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.link_classes"
         " --images {params.images:q}"
@@ -454,20 +464,22 @@ rule vase_choose_threshold:
         predictions=rules.vase_link_classes.output.predictions,
         splits=rules.vase_split.output.splits,
     output:
-        threshold=f"{VASE}/choose_threshold/threshold.json",
-        percentiles=f"{VASE}/choose_threshold/percentiles.csv",
-        sample=f"{VASE}/choose_threshold/sample.parquet",
+        threshold=f"{VASE}/choose_threshold/{{variant}}/threshold.json",
+        percentiles=f"{VASE}/choose_threshold/{{variant}}/percentiles.csv",
+        sample=f"{VASE}/choose_threshold/{{variant}}/sample.parquet",
         scores=report(
-            f"{VASE}/choose_threshold/scores.png",
+            f"{VASE}/choose_threshold/{{variant}}/scores.png",
             caption="captions/vase_scores.rst",
             category="vase",
-            labels={"step": "choose_threshold", "picture": "scores"},
+            labels={"step": "choose_threshold", "variant": "{variant}", "picture": "scores"},
         ),
-        meta=f"{VASE}/choose_threshold/meta.json",
+        meta=f"{VASE}/choose_threshold/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/choose_threshold.log",
+        f"{LOGS}/vase/choose_threshold/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/choose_threshold.tsv"
+        f"{BENCHMARKS}/vase/choose_threshold/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -479,7 +491,7 @@ rule vase_choose_threshold:
         code=code_key("scripts.vase.choose_threshold"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Choose the acceptance threshold"
+        "Choose the acceptance threshold ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.choose_threshold"
         " --scores {input.scores:q}"
@@ -504,28 +516,30 @@ rule vase_accept_images:
             *VASE_SHARDS.expand(f"{VASE}/embed_images/{{shard}}.meta.json")(w),
         ],
     output:
-        table=f"{VASE}/accept_images/accepted.parquet",
-        report=f"{VASE}/accept_images/filtering_report.json",
-        accepted=f"{VASE}/accept_images/accepted/files.json",
-        rejected=f"{VASE}/accept_images/rejected/files.json",
-        summary=f"{VASE}/accept_images/summary.json",
+        table=f"{VASE}/accept_images/{{variant}}/accepted.parquet",
+        report=f"{VASE}/accept_images/{{variant}}/filtering_report.json",
+        accepted=f"{VASE}/accept_images/{{variant}}/accepted/files.json",
+        rejected=f"{VASE}/accept_images/{{variant}}/rejected/files.json",
+        summary=f"{VASE}/accept_images/{{variant}}/summary.json",
         funnel=report(
-            f"{VASE}/accept_images/funnel.png",
+            f"{VASE}/accept_images/{{variant}}/funnel.png",
             caption="captions/vase_funnel.rst",
             category="vase",
-            labels={"step": "accept_images", "picture": "funnel"},
+            labels={"step": "accept_images", "variant": "{variant}", "picture": "funnel"},
         ),
         samples=report(
-            f"{VASE}/accept_images/samples.png",
+            f"{VASE}/accept_images/{{variant}}/samples.png",
             caption="captions/vase_samples.rst",
             category="vase",
-            labels={"step": "accept_images", "picture": "accepted and rejected"},
+            labels={"step": "accept_images", "variant": "{variant}", "picture": "accepted and rejected"},
         ),
-        meta=f"{VASE}/accept_images/meta.json",
+        meta=f"{VASE}/accept_images/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/accept_images.log",
+        f"{LOGS}/vase/accept_images/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/accept_images.tsv"
+        f"{BENCHMARKS}/vase/accept_images/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -537,7 +551,7 @@ rule vase_accept_images:
         code=code_key("scripts.vase.accept_images"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Accept or reject images"
+        "Accept or reject images ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.accept_images"
         " --images {params.images:q}"
@@ -559,22 +573,24 @@ rule vase_select_views:
         accepted=rules.vase_accept_images.output.table,
         timed=[rules.vase_score_images.output.meta],
     output:
-        table=f"{VASE}/select_views/best_views.parquet",
-        report=f"{VASE}/select_views/best_views_report.json",
-        stats=f"{VASE}/select_views/filtering_stats.json",
-        links=f"{VASE}/select_views/best_views/files.json",
-        summary=f"{VASE}/select_views/summary.json",
+        table=f"{VASE}/select_views/{{variant}}/best_views.parquet",
+        report=f"{VASE}/select_views/{{variant}}/best_views_report.json",
+        stats=f"{VASE}/select_views/{{variant}}/filtering_stats.json",
+        links=f"{VASE}/select_views/{{variant}}/best_views/files.json",
+        summary=f"{VASE}/select_views/{{variant}}/summary.json",
         sheet=report(
-            f"{VASE}/select_views/views.png",
+            f"{VASE}/select_views/{{variant}}/views.png",
             caption="captions/vase_views.rst",
             category="vase",
-            labels={"step": "select_views", "picture": "best views"},
+            labels={"step": "select_views", "variant": "{variant}", "picture": "best views"},
         ),
-        meta=f"{VASE}/select_views/meta.json",
+        meta=f"{VASE}/select_views/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/select_views.log",
+        f"{LOGS}/vase/select_views/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/select_views.tsv"
+        f"{BENCHMARKS}/vase/select_views/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -586,7 +602,7 @@ rule vase_select_views:
         code=code_key("scripts.vase.select_views"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Select the best view of each vase"
+        "Select the best view of each vase ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.select_views"
         " --images {params.images:q}"
@@ -606,12 +622,14 @@ rule vase_audit_split:
         classifier=rules.vase_train_classifier.output.used,
         sample=rules.vase_choose_threshold.output.sample,
     output:
-        audit=f"{VASE}/audit_split/audit.json",
-        meta=f"{VASE}/audit_split/meta.json",
+        audit=f"{VASE}/audit_split/{{variant}}/audit.json",
+        meta=f"{VASE}/audit_split/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/audit_split.log",
+        f"{LOGS}/vase/audit_split/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/audit_split.tsv"
+        f"{BENCHMARKS}/vase/audit_split/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/tables.yaml"
     threads: class_threads("light")
@@ -621,7 +639,7 @@ rule vase_audit_split:
         step=outside(STEP),
         code=code_key("scripts.vase.audit_split"),
     message:
-        "Audit that no vase is chosen on what it is scored on"
+        "Audit that no vase is chosen on what it is scored on ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.audit_split"
         " --splits {input.splits:q}"
@@ -643,12 +661,14 @@ rule vase_evaluate_filter:
         best_views=rules.vase_select_views.output.table,
         truth=optional_table(CONFIG.vase.truth),
     output:
-        metrics=f"{VASE}/evaluate_filter/metrics.json",
-        meta=f"{VASE}/evaluate_filter/meta.json",
+        metrics=f"{VASE}/evaluate_filter/{{variant}}/metrics.json",
+        meta=f"{VASE}/evaluate_filter/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/evaluate_filter.log",
+        f"{LOGS}/vase/evaluate_filter/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/evaluate_filter.tsv"
+        f"{BENCHMARKS}/vase/evaluate_filter/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -660,7 +680,7 @@ rule vase_evaluate_filter:
         truth=outside(CONFIG.vase.truth),
         code=code_key("scripts.vase.evaluate_filter"),
     message:
-        "Score the filter against known quality"
+        "Score the filter against known quality ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.evaluate_filter"
         " --images {params.images:q}"
@@ -677,19 +697,18 @@ rule vase_evaluate_filter:
         " 2>&1 | tee {log:q}"
 
 
-VASE_METRICS = [
-    rules.vase_train_classifier.output.metrics,
-    *([rules.vase_evaluate_filter.output.metrics] if CONFIG.vase.truth else []),
+VASE_METRIC_PATTERNS = [  # with the stages whose runs have them
+    ("classifier", rules.vase_train_classifier.output.metrics),
+    *([("classifier", rules.vase_evaluate_filter.output.metrics)] if CONFIG.vase.truth else []),
 ]
 
 
 rule vase_quality:
     input:
-        rules.vase_choose_threshold.output,
+        VASE_RUNS.all("classifier", *rules.vase_choose_threshold.output),
 
 
 rule vase_images:
     input:
-        rules.vase_select_views.output,
-        rules.vase_audit_split.output,
-        VASE_METRICS,
+        VASE_RUNS.all("classifier", *rules.vase_select_views.output, *rules.vase_audit_split.output),
+        [path for stage, pattern in VASE_METRIC_PATTERNS for path in VASE_RUNS.all(stage, pattern)],

@@ -6,35 +6,48 @@ REQUIRED INPUTS (config section `vase`, beside those of the first half):
     dataset.questions   questions and answers (JSON, JSONL)
     vlm.model           the model to start from
 
-OUTPUTS (below {results}/vase/):
-    build_dataset/      sft_*.jsonl, grpo_*.jsonl, test.jsonl, dropped.tsv, summary.json
-    estimate_memory/    memory.json: what the trainings will need of a GPU
-    train_sft/          best/, last/ (adapters, or models), metrics.json, loss.png
-    merge_sft/          model/, parity.json; only for an adapter
-    check_reward/       reward_check.json: that rewards of a group vary before GRPO starts
-    train_grpo/         last/, completions.jsonl, metrics.json, reward.png
-    merge_grpo/         model/, parity.json; only for an adapter
-    predict/            predictions.parquet: answers of base, SFT and GRPO model
-    evaluate/           metrics.json, scores.png
-    export_megatron/    mcore/, where `megatron.export` is set
-    describe_model/     README.md (the card), model/ (links to the final weights, the card beside them)
+OUTPUTS (below {results}/vase/), for each run of a variant that another one's do not serve:
+    build_dataset/{variant}/    sft_*.jsonl, grpo_*.jsonl, test.jsonl, dropped.tsv, summary.json; one per classifier
+    train_sft/{variant}/        best/, last/ (adapters, or models), metrics.json, loss.png
+    merge_sft/{variant}/        model/, parity.json; only for an adapter
+    estimate_memory/{variant}/  memory.json: what the trainings will need of a GPU
+    check_reward/{variant}/     reward_check.json: that rewards of a group vary before GRPO starts
+    train_grpo/{variant}/       last/, completions.jsonl, metrics.json, reward.png
+    merge_grpo/{variant}/       model/, parity.json; only for an adapter
+    predict/{variant}/          predictions.parquet: answers of base, SFT and GRPO model
+    evaluate/{variant}/         metrics.json, scores.png
+    export_megatron/{variant}/  mcore/, where `megatron.export` is set
+    describe_model/{variant}/   README.md (the card), model/ (links to the final weights, the card beside them)
 
 STEPS: build the dataset, estimate memory, SFT, merge, check the reward, GRPO, merge, predict, evaluate, describe.
 
 Estimating memory comes early by its priority and is no input of the trainings: a setting of GRPO would retrain SFT.
 Checking the reward is one of GRPO's, and rerun by what reruns GRPO alone; hence its narrow code key.
+Answers of all runs are scored by the reward of `main`, whichever they were trained on, so that they compare; each is
+read in the format that it was trained to write. All answers of a run come from one step, since SFT's samples are drawn
+under the system prompt of the run's GRPO.
 """
 
 VASE_BASE = model_folder(CONFIG.vase.vlm.model)
 VASE_BASE_FILES = model_folder_files(CONFIG.vase.vlm.model)
 VASE_GPUS = GPUS[CONFIG.vase.train_resources] * resource_class(CONFIG.vase.train_resources).nodes
-VASE_THINKS = CONFIG.vase.reward.format == "think_answer"
-VASE_SYSTEM = CONFIG.vase.grpo.system or (f"{ROOT}/config/prompts/think_answer.txt" if VASE_THINKS else None)
 VASE_CLIP = model_folder(CONFIG.vase.clip.model)
 VASE_CLIP_FILES = model_files(CONFIG.vase.clip.model, "open_clip_config.json", "open_clip_model.safetensors")
-VASE_SYSTEM_OPTION = f"--system {shlex.quote(VASE_SYSTEM)}" if VASE_SYSTEM else ""
-VASE_SFT_MODEL = f"{VASE}/merge_sft/model" if CONFIG.vase.sft.tuner.tuner == "lora" else f"{VASE}/train_sft/best"
-VASE_GRPO_MODEL = f"{VASE}/merge_grpo/model" if CONFIG.vase.grpo.tuner.tuner == "lora" else f"{VASE}/train_grpo/last"
+VASE_SYSTEMS = {  # run: file of GRPO's system prompt, or nothing
+    name: one.vase.grpo.system
+    or (f"{ROOT}/config/prompts/think_answer.txt" if one.vase.reward.format == "think_answer" else "")
+    for name, one in VASE_RUNS.configs.items()
+}
+VASE_SFT_MODELS = {  # tuner: the model that SFT ends with
+    "lora": f"{VASE}/merge_sft/{{variant}}/model/files.json",
+    "full": f"{VASE}/train_sft/{{variant}}/best/files.json",
+}
+VASE_GRPO_MODELS = {
+    "lora": f"{VASE}/merge_grpo/{{variant}}/model/files.json",
+    "full": f"{VASE}/train_grpo/{{variant}}/last/files.json",
+}
+VASE_SFT_MODEL = lambda w: VASE_RUNS.path("sft", VASE_SFT_MODELS[VASE_RUNS.of(w).vase.sft.tuner.tuner], **w)
+VASE_GRPO_MODEL = lambda w: VASE_RUNS.path("grpo", VASE_GRPO_MODELS[VASE_RUNS.of(w).vase.grpo.tuner.tuner], **w)
 VASE_SFT_CODE = ("scripts.common.devices", "scripts.vase.swift_flags", "scripts.vase.swift_template")
 VASE_GRPO_CODE = (*VASE_SFT_CODE, "scripts.vase.reward_plugin")
 
@@ -48,18 +61,20 @@ rule vase_build_dataset:
         captions=optional_table(CONFIG.vase.dataset.captions),
         questions=optional_table(CONFIG.vase.dataset.questions),
     output:
-        sft_train=f"{VASE}/build_dataset/sft_train.jsonl",
-        sft_validation=f"{VASE}/build_dataset/sft_validation.jsonl",
-        grpo_train=f"{VASE}/build_dataset/grpo_train.jsonl",
-        grpo_validation=f"{VASE}/build_dataset/grpo_validation.jsonl",
-        test=f"{VASE}/build_dataset/test.jsonl",
-        dropped=f"{VASE}/build_dataset/dropped.tsv",
-        summary=f"{VASE}/build_dataset/summary.json",
-        meta=f"{VASE}/build_dataset/meta.json",
+        sft_train=f"{VASE}/build_dataset/{{variant}}/sft_train.jsonl",
+        sft_validation=f"{VASE}/build_dataset/{{variant}}/sft_validation.jsonl",
+        grpo_train=f"{VASE}/build_dataset/{{variant}}/grpo_train.jsonl",
+        grpo_validation=f"{VASE}/build_dataset/{{variant}}/grpo_validation.jsonl",
+        test=f"{VASE}/build_dataset/{{variant}}/test.jsonl",
+        dropped=f"{VASE}/build_dataset/{{variant}}/dropped.tsv",
+        summary=f"{VASE}/build_dataset/{{variant}}/summary.json",
+        meta=f"{VASE}/build_dataset/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/build_dataset.log",
+        f"{LOGS}/vase/build_dataset/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/build_dataset.tsv"
+        f"{BENCHMARKS}/vase/build_dataset/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/tables.yaml"
     threads: class_threads("cpu")
@@ -82,7 +97,7 @@ rule vase_build_dataset:
         code=code_key("scripts.vase.build_dataset"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Build rows for SFT, GRPO and scoring"
+        "Build rows for SFT, GRPO and scoring ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.build_dataset"
         " --images {params.images:q}"
@@ -103,12 +118,14 @@ rule vase_estimate_memory:
     input:
         VASE_BASE_FILES,
     output:
-        memory=f"{VASE}/estimate_memory/memory.json",
-        meta=f"{VASE}/estimate_memory/meta.json",
+        memory=f"{VASE}/estimate_memory/{{variant}}/memory.json",
+        meta=f"{VASE}/estimate_memory/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/estimate_memory.log",
+        f"{LOGS}/vase/estimate_memory/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/estimate_memory.tsv"
+        f"{BENCHMARKS}/vase/estimate_memory/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     priority: 100
     conda:
         "../envs/vlm.yaml"
@@ -119,10 +136,10 @@ rule vase_estimate_memory:
         step=outside(STEP),
         model=outside(VASE_BASE),
         gpus=VASE_GPUS,
-        settings=numerics(vlm="vase.vlm", sft="vase.sft", grpo="vase.grpo"),
+        settings=VASE_RUNS.numerics(vlm="vase.vlm", sft="vase.sft", grpo="vase.grpo"),
         code=code_key("scripts.vase.estimate_memory"),
     message:
-        "Estimate the memory that SFT and GRPO need of each GPU"
+        "Estimate the memory that SFT and GRPO need of each GPU ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.estimate_memory"
         " --model {params.model:q}"
@@ -137,24 +154,26 @@ rule vase_estimate_memory:
 
 rule vase_train_sft:
     input:
-        train=rules.vase_build_dataset.output.sft_train,
-        validation=rules.vase_build_dataset.output.sft_validation,
+        train=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.sft_train),
+        validation=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.sft_validation),
         model=VASE_BASE_FILES,
     output:
-        best=f"{VASE}/train_sft/best/files.json",
-        last=f"{VASE}/train_sft/last/files.json",
-        metrics=f"{VASE}/train_sft/metrics.json",
+        best=f"{VASE}/train_sft/{{variant}}/best/files.json",
+        last=f"{VASE}/train_sft/{{variant}}/last/files.json",
+        metrics=f"{VASE}/train_sft/{{variant}}/metrics.json",
         loss=report(
-            f"{VASE}/train_sft/loss.png",
+            f"{VASE}/train_sft/{{variant}}/loss.png",
             caption="captions/vase_sft_loss.rst",
             category="vase",
-            labels={"step": "train_sft", "picture": "loss"},
+            labels={"step": "train_sft", "variant": "{variant}", "picture": "loss"},
         ),
-        meta=f"{VASE}/train_sft/meta.json",
+        meta=f"{VASE}/train_sft/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/train_sft.log",
+        f"{LOGS}/vase/train_sft/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/train_sft.tsv"
+        f"{BENCHMARKS}/vase/train_sft/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads(CONFIG.vase.train_resources)
@@ -165,24 +184,24 @@ rule vase_train_sft:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
         model=outside(VASE_BASE),
-        execution=outside(execution(sft="vase.sft")),
+        execution=VASE_RUNS.execution(sft="vase.sft"),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.vase.train_resources),
         state=outside(f"{STATE}/vase/train_sft"),
         tracker=outside(f"{LOGS}/vase/train_sft"),
-        settings=numerics(vlm="vase.vlm", sft="vase.sft"),
+        settings=VASE_RUNS.numerics(vlm="vase.vlm", sft="vase.sft"),
         code=code_key(*VASE_SFT_CODE),
         folder=subpath(output.meta, parent=True),
     message:
-        "Fine-tune the vision-language model (SFT)"
+        "Fine-tune the vision-language model (SFT, {wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.train_sft"
         " --model {params.model:q}"
         " --images {params.images:q}"
         " --train {input.train:q}"
         " --validation {input.validation:q}"
-        " --state-folder {params.state:q}"
-        " --tracker-folder {params.tracker:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -196,16 +215,18 @@ rule vase_train_sft:
 rule vase_merge_sft:
     input:
         adapter=rules.vase_train_sft.output.best,
-        prompts=rules.vase_build_dataset.output.sft_validation,
+        prompts=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.sft_validation),
         model=VASE_BASE_FILES,
     output:
-        model=f"{VASE}/merge_sft/model/files.json",
-        parity=f"{VASE}/merge_sft/parity.json",
-        meta=f"{VASE}/merge_sft/meta.json",
+        model=f"{VASE}/merge_sft/{{variant}}/model/files.json",
+        parity=f"{VASE}/merge_sft/{{variant}}/parity.json",
+        meta=f"{VASE}/merge_sft/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/merge_sft.log",
+        f"{LOGS}/vase/merge_sft/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/merge_sft.tsv"
+        f"{BENCHMARKS}/vase/merge_sft/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads("gpu_single")
@@ -223,7 +244,7 @@ rule vase_merge_sft:
         adapter=subpath(input.adapter, parent=True),
         folder=subpath(output.meta, parent=True),
     message:
-        "Merge the adapter of SFT and check that nothing changed"
+        "Merge the adapter of SFT and check that nothing changed ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.merge"
         " --base {params.base:q}"
@@ -241,15 +262,17 @@ rule vase_merge_sft:
 
 rule vase_check_reward:
     input:
-        rows=rules.vase_build_dataset.output.grpo_train,
-        model=f"{VASE_SFT_MODEL}/files.json",
+        rows=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.grpo_train),
+        model=VASE_SFT_MODEL,
     output:
-        check=f"{VASE}/check_reward/reward_check.json",
-        meta=f"{VASE}/check_reward/meta.json",
+        check=f"{VASE}/check_reward/{{variant}}/reward_check.json",
+        meta=f"{VASE}/check_reward/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/check_reward.log",
+        f"{LOGS}/vase/check_reward/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/check_reward.tsv"
+        f"{BENCHMARKS}/vase/check_reward/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads("gpu_single")
@@ -258,15 +281,15 @@ rule vase_check_reward:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
-        model=outside(VASE_SFT_MODEL),
-        system=outside(VASE_SYSTEM_OPTION),
-        texts=[file_digest(VASE_SYSTEM), file_digest(CONFIG.vase.reward.plugin)],
+        model=subpath(input.model, parent=True),
+        system=lambda w, output: f"--system {shlex.quote(VASE_SYSTEMS[w.variant])}" if VASE_SYSTEMS[w.variant] else "",
+        texts=lambda w: [file_digest(VASE_SYSTEMS[w.variant]), file_digest(VASE_RUNS.of(w).vase.reward.plugin)],
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
-        settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
+        settings=VASE_RUNS.numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
         code=code_key("scripts.vase.reward_plugin"),
     message:
-        "Check that rewards vary within groups of samples"
+        "Check that rewards vary within groups of samples ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.check_reward"
         " --model {params.model:q}"
@@ -284,25 +307,27 @@ rule vase_check_reward:
 
 rule vase_train_grpo:
     input:
-        train=rules.vase_build_dataset.output.grpo_train,
-        validation=rules.vase_build_dataset.output.grpo_validation,
+        train=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.grpo_train),
+        validation=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.grpo_validation),
         check=rules.vase_check_reward.output.check,
-        model=f"{VASE_SFT_MODEL}/files.json",
+        model=VASE_SFT_MODEL,
     output:
-        last=f"{VASE}/train_grpo/last/files.json",
-        completions=f"{VASE}/train_grpo/completions.jsonl",
-        metrics=f"{VASE}/train_grpo/metrics.json",
+        last=f"{VASE}/train_grpo/{{variant}}/last/files.json",
+        completions=f"{VASE}/train_grpo/{{variant}}/completions.jsonl",
+        metrics=f"{VASE}/train_grpo/{{variant}}/metrics.json",
         reward=report(
-            f"{VASE}/train_grpo/reward.png",
+            f"{VASE}/train_grpo/{{variant}}/reward.png",
             caption="captions/vase_grpo_reward.rst",
             category="vase",
-            labels={"step": "train_grpo", "picture": "reward"},
+            labels={"step": "train_grpo", "variant": "{variant}", "picture": "reward"},
         ),
-        meta=f"{VASE}/train_grpo/meta.json",
+        meta=f"{VASE}/train_grpo/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/train_grpo.log",
+        f"{LOGS}/vase/train_grpo/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/train_grpo.tsv"
+        f"{BENCHMARKS}/vase/train_grpo/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads(CONFIG.vase.train_resources)
@@ -312,19 +337,19 @@ rule vase_train_grpo:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
-        model=outside(VASE_SFT_MODEL),
-        system=outside(VASE_SYSTEM_OPTION),
-        texts=[file_digest(VASE_SYSTEM), file_digest(CONFIG.vase.reward.plugin)],
-        execution=outside(execution(grpo="vase.grpo")),
+        model=subpath(input.model, parent=True),
+        system=lambda w, output: f"--system {shlex.quote(VASE_SYSTEMS[w.variant])}" if VASE_SYSTEMS[w.variant] else "",
+        texts=lambda w: [file_digest(VASE_SYSTEMS[w.variant]), file_digest(VASE_RUNS.of(w).vase.reward.plugin)],
+        execution=VASE_RUNS.execution(grpo="vase.grpo"),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.vase.train_resources),
         state=outside(f"{STATE}/vase/train_grpo"),
         tracker=outside(f"{LOGS}/vase/train_grpo"),
-        settings=numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
+        settings=VASE_RUNS.numerics(vlm="vase.vlm", grpo="vase.grpo", reward="vase.reward"),
         code=code_key(*VASE_GRPO_CODE),
         folder=subpath(output.meta, parent=True),
     message:
-        "Reinforce the fine-tuned model (GRPO)"
+        "Reinforce the fine-tuned model (GRPO, {wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.train_grpo"
         " --model {params.model:q}"
@@ -332,8 +357,8 @@ rule vase_train_grpo:
         " --train {input.train:q}"
         " --validation {input.validation:q}"
         " {params.system}"
-        " --state-folder {params.state:q}"
-        " --tracker-folder {params.tracker:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -347,20 +372,22 @@ rule vase_train_grpo:
 use rule vase_merge_sft as vase_merge_grpo with:
     input:
         adapter=rules.vase_train_grpo.output.last,
-        prompts=rules.vase_build_dataset.output.sft_validation,
-        model=f"{VASE_SFT_MODEL}/files.json",
+        prompts=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.sft_validation),
+        model=VASE_SFT_MODEL,
     output:
-        model=f"{VASE}/merge_grpo/model/files.json",
-        parity=f"{VASE}/merge_grpo/parity.json",
-        meta=f"{VASE}/merge_grpo/meta.json",
+        model=f"{VASE}/merge_grpo/{{variant}}/model/files.json",
+        parity=f"{VASE}/merge_grpo/{{variant}}/parity.json",
+        meta=f"{VASE}/merge_grpo/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/merge_grpo.log",
+        f"{LOGS}/vase/merge_grpo/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/merge_grpo.tsv"
+        f"{BENCHMARKS}/vase/merge_grpo/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
-        base=outside(VASE_SFT_MODEL),
+        base=subpath(input.model, parent=True),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
         settings=numerics(vlm="vase.vlm", merge="vase.merge"),
@@ -368,22 +395,24 @@ use rule vase_merge_sft as vase_merge_grpo with:
         adapter=subpath(input.adapter, parent=True),
         folder=subpath(output.meta, parent=True),
     message:
-        "Merge the adapter of GRPO and check that nothing changed"
+        "Merge the adapter of GRPO and check that nothing changed ({wildcards.variant})"
 
 
 rule vase_predict:
     input:
-        rows=rules.vase_build_dataset.output.test,
+        rows=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.test),
         base=VASE_BASE_FILES,
-        sft=f"{VASE_SFT_MODEL}/files.json",
-        grpo=f"{VASE_GRPO_MODEL}/files.json",
+        sft=VASE_SFT_MODEL,
+        grpo=VASE_GRPO_MODEL,
     output:
-        predictions=f"{VASE}/predict/predictions.parquet",
-        meta=f"{VASE}/predict/meta.json",
+        predictions=f"{VASE}/predict/{{variant}}/predictions.parquet",
+        meta=f"{VASE}/predict/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/predict.log",
+        f"{LOGS}/vase/predict/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/predict.tsv"
+        f"{BENCHMARKS}/vase/predict/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads("gpu_single")
@@ -393,10 +422,14 @@ rule vase_predict:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
         base=outside(VASE_BASE),
-        sft=outside(VASE_SFT_MODEL),
-        grpo=outside(VASE_GRPO_MODEL),
-        system=outside(f"--system grpo={shlex.quote(VASE_SYSTEM)}" if VASE_SYSTEM else ""),
-        texts=[file_digest(VASE_SYSTEM)],
+        sft=subpath(input.sft, parent=True),
+        grpo=subpath(input.grpo, parent=True),
+        system=(
+            lambda w, output: (
+                f"--system grpo={shlex.quote(VASE_SYSTEMS[w.variant])}" if VASE_SYSTEMS[w.variant] else ""
+            )
+        ),
+        texts=lambda w: [file_digest(VASE_SYSTEMS[w.variant])],
         execution=outside(execution(predict="vase.predict")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
@@ -404,7 +437,7 @@ rule vase_predict:
         settings=numerics(vlm="vase.vlm", predict="vase.predict"),
         code=code_key("scripts.vase.predict"),
     message:
-        "Answer the test side's questions with base, SFT and GRPO model"
+        "Answer the test side's questions with base, SFT and GRPO model ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.predict"
         " --model base={params.base:q}"
@@ -414,7 +447,7 @@ rule vase_predict:
         " --images {params.images:q}"
         " --rows {input.rows:q}"
         " --output {output.predictions:q}"
-        " --state-folder {params.state:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --device {params.device}"
@@ -427,22 +460,24 @@ rule vase_predict:
 rule vase_evaluate:
     input:
         predictions=rules.vase_predict.output.predictions,
-        rows=rules.vase_build_dataset.output.test,
-        train=rules.vase_build_dataset.output.sft_train,
+        rows=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.test),
+        train=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.sft_train),
         clip=VASE_CLIP_FILES,
     output:
-        metrics=f"{VASE}/evaluate/metrics.json",
+        metrics=f"{VASE}/evaluate/{{variant}}/metrics.json",
         scores=report(
-            f"{VASE}/evaluate/scores.png",
+            f"{VASE}/evaluate/{{variant}}/scores.png",
             caption="captions/vase_vqa_scores.rst",
             category="vase",
-            labels={"step": "evaluate", "picture": "answers"},
+            labels={"step": "evaluate", "variant": "{variant}", "picture": "answers"},
         ),
-        meta=f"{VASE}/evaluate/meta.json",
+        meta=f"{VASE}/evaluate/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/evaluate.log",
+        f"{LOGS}/vase/evaluate/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/evaluate.tsv"
+        f"{BENCHMARKS}/vase/evaluate/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads("gpu_single")
@@ -456,11 +491,14 @@ rule vase_evaluate:
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
         texts=[file_digest(CONFIG.vase.reward.plugin)],
-        settings=numerics(evaluate="vase.evaluate", reward="vase.reward", clip="vase.clip"),
+        settings=lambda w: changed(
+            numerics(evaluate="vase.evaluate", reward="vase.reward", clip="vase.clip"),
+            reward={"format": VASE_RUNS.of(w).vase.reward.format},
+        ),
         code=code_key("scripts.vase.evaluate"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Score the answers of base, SFT and GRPO model"
+        "Score the answers of base, SFT and GRPO model ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.evaluate"
         " --predictions {input.predictions:q}"
@@ -480,14 +518,16 @@ rule vase_evaluate:
 
 rule vase_export_megatron:
     input:
-        model=f"{VASE_GRPO_MODEL}/files.json",
+        model=VASE_GRPO_MODEL,
     output:
-        listing=f"{VASE}/export_megatron/mcore/files.json",
-        meta=f"{VASE}/export_megatron/meta.json",
+        listing=f"{VASE}/export_megatron/{{variant}}/mcore/files.json",
+        meta=f"{VASE}/export_megatron/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/export_megatron.log",
+        f"{LOGS}/vase/export_megatron/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/export_megatron.tsv"
+        f"{BENCHMARKS}/vase/export_megatron/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/swift.yaml"
     threads: class_threads("gpu_single")
@@ -496,13 +536,13 @@ rule vase_export_megatron:
         disk_mb=disk_mb("vase_export_megatron"),
     params:
         step=outside(STEP),
-        model=outside(VASE_GRPO_MODEL),
+        model=subpath(input.model, parent=True),
         launcher=launcher("gpu_single"),
         settings=numerics(vlm="vase.vlm", megatron="vase.megatron"),
         code=code_key("scripts.vase.export_megatron"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Export the final model to Megatron-Core's format"
+        "Export the final model to Megatron-Core's format ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.vase.export_megatron"
         " --model {params.model:q}"
@@ -518,17 +558,23 @@ rule vase_describe_model:
     input:
         metrics=rules.vase_evaluate.output.metrics,
         training=rules.vase_train_grpo.output.meta,
-        dataset=rules.vase_build_dataset.output.summary,
-        model=f"{VASE_GRPO_MODEL}/files.json",
-        parity=[rules.vase_merge_grpo.output.parity] if CONFIG.vase.grpo.tuner.tuner == "lora" else [],
+        dataset=VASE_RUNS.at("classifier", rules.vase_build_dataset.output.summary),
+        model=VASE_GRPO_MODEL,
+        parity=lambda w: (
+            VASE_RUNS.path("grpo", rules.vase_merge_grpo.output.parity, **w)
+            if VASE_RUNS.of(w).vase.grpo.tuner.tuner == "lora"
+            else []
+        ),
     output:
-        card=f"{VASE}/describe_model/README.md",
-        model=f"{VASE}/describe_model/model/files.json",
-        meta=f"{VASE}/describe_model/meta.json",
+        card=f"{VASE}/describe_model/{{variant}}/README.md",
+        model=f"{VASE}/describe_model/{{variant}}/model/files.json",
+        meta=f"{VASE}/describe_model/{{variant}}/meta.json",
     log:
-        f"{LOGS}/vase/describe_model.log",
+        f"{LOGS}/vase/describe_model/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/vase/describe_model.tsv"
+        f"{BENCHMARKS}/vase/describe_model/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -539,11 +585,11 @@ rule vase_describe_model:
         base=model_card_options(CONFIG.vase.vlm.model),
         demo="--demo" if CONFIG.vase.images.startswith(f"{DEMO}/") else "",
         parity=lambda w, input: f"--parity {shlex.quote(str(input.parity))}" if input.parity else "",
-        weights=outside(VASE_GRPO_MODEL),
+        weights=subpath(input.model, parent=True),
         code=code_key("scripts.vase.describe_model"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Describe the final model"
+        "Describe the final model ({wildcards.variant})"
     shell:
         "{params.step} scripts.vase.describe_model"
         " --metrics {input.metrics:q}"
@@ -566,11 +612,15 @@ VASE_ASKED = CONFIG.vase.dataset.questions or CONFIG.vase.dataset.captions
 rule vase:
     input:
         rules.vase_images.input,
-        rules.vase_estimate_memory.output,
-        rules.vase_evaluate.output,
-        rules.vase_describe_model.output,
-        [rules.vase_export_megatron.output.listing] if CONFIG.vase.megatron.export else [],
+        VASE_RUNS.all(
+            "grpo",
+            *rules.vase_estimate_memory.output,
+            *rules.vase_evaluate.output,
+            *rules.vase_describe_model.output,
+            *([rules.vase_export_megatron.output.listing] if CONFIG.vase.megatron.export else []),
+        ),
 
 
 VASE_TARGETS = rules.vase.input if VASE_ASKED else rules.vase_images.input
-VASE_METRICS += [rules.vase_evaluate.output.metrics] if VASE_ASKED else []
+VASE_METRIC_PATTERNS += [("grpo", rules.vase_evaluate.output.metrics)] if VASE_ASKED else []
+VASE_METRICS = VASE_RUNS.headline(*[pattern for _, pattern in VASE_METRIC_PATTERNS])

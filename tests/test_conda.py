@@ -48,7 +48,7 @@ RUNS = {
     "vision": Work("demo_draw_digits", "scripts.demo.draw_digits", f"{DEMO}/demo/draw_digits/files.json"),
     "clip": Work("demo_train_clip", "scripts.demo.train_clip", f"{DEMO}/demo/train_clip/metrics.json"),
     "vlm": Work("demo_train_vlm", "scripts.demo.train_vlm", f"{DEMO}/demo/train_vlm/files.json"),
-    "swift": Work("vase_train_sft", "scripts.vase.train_sft", f"{DEMO}/vase/train_sft/best/files.json"),
+    "swift": Work("vase_train_sft", "scripts.vase.train_sft", f"{DEMO}/vase/train_sft/main/best/files.json"),
     "rae": Work(
         "demo_initialise_encoder",
         "scripts.demo.initialise_encoder",
@@ -239,7 +239,7 @@ def prepare(place: Place) -> str:
         place_at(rows, run / DEMO / "busi/build_conversations")
     for name, count in (("sft_train", 8), ("sft_validation", 4)):
         technique_rows(data / "vases", name, count, answered=True)
-        place_at(data / f"vases/{name}.jsonl", run / DEMO / "vase/build_dataset")
+        place_at(data / f"vases/{name}.jsonl", run / DEMO / "vase/build_dataset/main")
     for picture in pictures_of_report(place):
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(picture)

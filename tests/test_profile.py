@@ -47,11 +47,11 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def plan(root: Path, data: Path, given: dict[str, str]) -> subprocess.CompletedProcess:
-    """A dry run of all pipelines with these groups."""
+def plan(root: Path, data: Path, given: dict[str, str], more: str = "") -> subprocess.CompletedProcess:
+    """A dry run of all pipelines with these groups and more settings."""
     pairs = [f"{rule}={group}" for rule, group in given.items()]
     return workflow.run(
-        root, data, "report", "vase", "--dry-run", "--config", f"set={SETTINGS}", "--groups", *pairs, check=False
+        root, data, "report", "vase", "--dry-run", "--config", f"set={SETTINGS} {more}", "--groups", *pairs, check=False
     )
 
 
@@ -71,6 +71,13 @@ def test_each_group_can_be_submitted(root, data):
     # Between the two lies the classifier's training.
     wrong = plan(root, data, given | dict.fromkeys(("vase_split_labelled", "vase_split"), "vase_choose"))
     assert wrong.returncode and "This is not allowed" in wrong.stdout + wrong.stderr
+
+
+def test_variants_do_not_wait_for_each_other(root, data):
+    """What a variant of the classifier chooses is a job beside that of `main`, and not one with it."""
+    done = plan(root, data, groups(root), "vase.variants.low.classifier.lr=1e-4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("Group job vase_choose ") == 2
 
 
 def test_a_group_is_no_larger_than_one_of_its_rules(root):

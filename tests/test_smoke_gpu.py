@@ -5,7 +5,7 @@ import smoke_run
 
 MINUTES = 10  # that a pipeline may take on one GPU
 TRAININGS = {
-    "vase": ["vase/train_classifier", "vase/train_grpo", "vase/train_sft"],
+    "vase": ["vase/train_classifier/main", "vase/train_grpo/main", "vase/train_sft/main"],
     "busi": ["busi/train_lora/main/lora", "busi/train_lora/main/qlora"],
     "rae": ["rae/train_autoencoder/main/dinov2", "rae/train_autoencoder/main/siglip2"],
     "coca": ["coca/train/main"],

@@ -25,6 +25,7 @@ FILTER = {
     "vase_audit_split",
     "vase_evaluate_filter",
 }
+TRAINED = ("classifier.safetensors", "used.parquet")
 SETTINGS = {
     "device": "cpu",
     "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
@@ -79,19 +80,24 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """{path: sha256} of all files below a folder, links aside."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def test_everything_is_accounted_for(finished_run):
     results = finished_run[1] / "results/vase"
     listed = json.loads((results / "list_images/summary.json").read_text())
-    accepted = json.loads((results / "accept_images/summary.json").read_text())
-    views = json.loads((results / "select_views/best_views_report.json").read_text())
+    accepted = json.loads((results / "accept_images/main/summary.json").read_text())
+    views = json.loads((results / "select_views/main/best_views_report.json").read_text())
     assert listed["in"] == len(list((finished_run[1] / "data/vase/images").iterdir())) == accepted["in"]
     assert accepted["in"] == sum(n for name, n in accepted.items() if name != "in")
-    links = [p for p in (results / "select_views/best_views").iterdir() if p.name != "files.json"]
+    links = [p for p in (results / "select_views/main/best_views").iterdir() if p.name != "files.json"]
     assert len(links) == views["total_vases"] == len(views["results"])
     assert all(p.is_symlink() and not os.path.isabs(os.readlink(p)) and p.resolve().is_file() for p in links)
-    assert all(
-        c["shared_with_test"] == [] for c in json.loads((results / "audit_split/audit.json").read_text())["checks"]
-    )
+    audit = json.loads((results / "audit_split/main/audit.json").read_text())
+    assert all(c["shared_with_test"] == [] for c in audit["checks"])
 
 
 def test_each_artefact_says_what_it_is(finished_run):
@@ -167,6 +173,52 @@ def test_settings_rerun_only_their_readers(finished_run, override, rerun):
     assert set(workflow.planned(*finished_run, "vase_images", "--config", f"set={override}")) == rerun
 
 
+def test_a_variant_of_the_classifier_stands_beside_main(finished_run, tmp_path):
+    """Planned from the first training on, made, and taken out of the configuration again; main keeps its bytes."""
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    results = run / "results/vase"
+    variant = ("--config", "set=vase.variants.fast.classifier.lr=0.01")
+    shards = len(list((results / "inspect_images").glob("*.parquet")))
+    chain = dict.fromkeys({"vase_train_classifier", "vase_link_classes", *FILTER}, 1)
+    plan = workflow.planned(checkout, run, "vase_images", *variant)
+    assert plan == {**chain, "vase_classify_images": shards}
+    assert set(workflow.planned(checkout, run, "vase_quality", *variant)) == {
+        "vase_train_classifier", "vase_classify_images", "vase_link_classes", "vase_choose_threshold"
+    }  # fmt: skip
+    before = contents(results)
+    done = workflow.run(checkout, run, "vase_images", *variant)
+    assert workflow.finished(done.stdout + done.stderr) == {**plan, "vase_images": 1}
+    after = contents(results)
+    assert {path: after[path] for path in before} == before
+    made = {path.replace("/fast/", "/main/") for path in set(after) - set(before)}
+    assert {path for path in before if "/main/" in path} == made
+    same = {name: after[f"train_classifier/fast/{name}"] == after[f"train_classifier/main/{name}"] for name in TRAINED}
+    assert same == {"used.parquet": True, "classifier.safetensors": False}
+    assert workflow.planned(checkout, run, "vase_images", *variant) == {}
+    assert workflow.planned(checkout, run, "vase_images") == {}
+
+
+def test_a_seed_more_is_a_run_more(finished_run):
+    """`main` keeps the seed that the configuration has, and its results."""
+    plan = workflow.planned(*finished_run, "vase_images", "--config", "set=vase.variants.main.seeds=[42,7,8]")
+    assert plan["vase_train_classifier"] == plan["vase_audit_split"] == plan["vase_evaluate_filter"] == 2
+    assert not {"vase_inspect_images", "vase_embed_images", "vase_score_images", "vase_split"} & set(plan)
+
+
+def test_a_variant_of_what_only_the_second_half_reads_changes_nothing_here(finished_run):
+    override = "set=vase.variants.low.grpo.lr=1e-7 vase.variants.slow.sft.lr=1e-5"
+    assert workflow.planned(*finished_run, "vase_images", "--config", override) == {}
+
+
+def test_a_variant_may_not_change_what_all_share(finished_run):
+    done = workflow.run(
+        *finished_run, "vase_images", "--config", "set=vase.variants.more.threshold.percentile=40", check=False
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode and "variant more changes threshold" in text and "Hint:" in text
+    assert not workflow.finished(text)
+
+
 def test_a_bad_key_stops_before_any_job(finished_run):
     done = workflow.run(*finished_run, "vase_images", "--config", "set=vase.classifier.epoch=3", check=False)
     text = done.stdout + done.stderr
@@ -216,19 +268,20 @@ def test_results_copied_elsewhere_rerun_nothing(finished_run, tmp_path):
 
 def test_kill_9_in_training_ends_with_the_same_bytes(finished_run, tmp_path):
     checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
-    folder = run / "results/vase/train_classifier"
-    wanted = {name: h for name, h in digests(folder).items() if name in ("classifier.safetensors", "used.parquet")}
-    force = ("vase_train_classifier", "--forcerun", "vase_train_classifier")
+    folder = run / "results/vase/train_classifier/main"
+    target = "results/vase/train_classifier/main/classifier.safetensors"
+    wanted = {name: h for name, h in digests(folder).items() if name in TRAINED}
+    force = (target, "--forcerun", "vase_train_classifier")
     often = ("--config", "set=vase.classifier.save_minutes=0")
-    state = run / "results/state/vase/train_classifier"
+    state = run / "results/state/vase/train_classifier/main"
     rng = random.Random(5)
     running = subprocess.Popen(
         workflow.command(checkout, run, *force, *often), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    target = rng.randint(1, 4)
+    steps = rng.randint(1, 4)
     deadline = time.monotonic() + 300
-    while not any(int(p.name[5:]) >= target for p in state.glob("*/step-*[0-9]")):
+    while not any(int(p.name[5:]) >= steps for p in state.glob("*/step-*[0-9]")):
         assert time.monotonic() < deadline and running.poll() is None, "no state was saved"
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGKILL)
@@ -236,8 +289,8 @@ def test_kill_9_in_training_ends_with_the_same_bytes(finished_run, tmp_path):
     kill_leftovers(run)
     assert not (folder / "classifier.safetensors").exists()
     workflow.run(checkout, run, "--unlock")
-    workflow.run(checkout, run, "vase_train_classifier", "--rerun-incomplete", *often)
-    log = (run / "results/logs/vase/train_classifier.log").read_text()
+    workflow.run(checkout, run, target, "--rerun-incomplete", *often)
+    log = (run / "results/logs/vase/train_classifier/main.log").read_text()
     assert "resumed from" in log
     assert {name: digests(folder)[name] for name in wanted} == wanted
     assert not state.exists()

@@ -1,10 +1,11 @@
 """Settings of pipeline `vase`; the defaults are the published values of VaseVQA-3D's filter stage and train scripts."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from scripts.common.settings import Settings, execution
+from scripts.common.variants import VariedSettings
 
 Share = Field(ge=0, le=1)
 
@@ -378,8 +379,15 @@ class MegatronSettings(Settings):
     test_precision: bool = Field(True, description="compare logits of both formats")
 
 
-class VaseSettings(Settings):
+class VaseSettings(VariedSettings):
     """Pipeline `vase`."""
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {
+        "classifier": ("classifier",),
+        "sft": ("sft",),
+        "grpo": ("reward", "grpo"),
+    }
+    seeded: ClassVar[tuple[str, ...]] = ("classifier.seed", "sft.seed", "grpo.seed")
 
     images: str = Field("data/vase/images", description="folder of raw photographs, any depth")
     labelled: str = Field("data/vase/labelled", description="folder with 0/ (low quality) and 1/ (high quality)")
