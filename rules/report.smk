@@ -12,6 +12,9 @@ STEPS: summarise, compare variants, render.
 """
 
 REPORT_RUNS = {
+    "vase": {
+        file: run for stage, pattern in VASE_METRIC_PATTERNS for file, run in VASE_RUNS.metrics(stage, pattern).items()
+    },
     "busi": BUSI_RUNS.metrics("train", rules.busi_evaluate.output.metrics),
     "rae": RAE_RUNS.metrics("train", rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
     "coca": COCA_RUNS.metrics("train", rules.coca_evaluate.output.metrics),
