@@ -80,6 +80,12 @@ class Config(Settings):
     device: str = execution(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
     )
+    confirm_gpu_hours: float = execution(
+        1.0, ge=0, description="a run stops before it redoes a finished training that took more GPU hours than this"
+    )
+    allow_retrain: str | None = execution(
+        None, description="training rules that may run again all the same, parted by commas, or `all`"
+    )
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()
