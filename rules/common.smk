@@ -102,7 +102,7 @@ def look_at_plan():
 
 
 if workflow.is_main_process:
-    logger.addHandler(retrain.WhenPlanned(lambda: or_stop(look_at_plan)))
+    logger.addHandler(retrain.WhenPlanned(look_at_plan))
 
 
 def _of_kind(kind, place, places):

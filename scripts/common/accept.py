@@ -81,7 +81,7 @@ def _check(plan: Plan, job: Any) -> None:
         wanted = sorted({str(f) for maker, files in makers if maker in waiting for f in files})
         rules = ", ".join(sorted({other.rule.name for other in waiting}))
         raise KilnError(
-            f"{name_of(job)}: {len(waiting)} jobs before it are still to run ({rules}); what they make may differ",
+            f"{name_of(job)}: still to run before it: {rules}; what they make may differ from what is there",
             f"run them first, then accept: {_command(wanted)}",
         )
     for file in map(Path, job.output):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snakemake.common import NOTHING_TO_BE_DONE_MSG
+from snakemake.exceptions import CliException
 
 from scripts.common.artefacts import recorded_hash, sha256_file, sha256_text, write_text
 from scripts.common.code_key import module_keys
@@ -31,7 +32,7 @@ _PLAN = "run_info"  # the event with which Snakemake tells of a plan, before its
 class WhenPlanned(logging.Handler):
     """Calls `act` once Snakemake has planned its jobs, before it runs any: in real runs and in dry ones.
 
-    To be added to Snakemake's logger. What `act` raises ends the run.
+    To be added to Snakemake's logger. A KilnError of `act` ends the run with its message and hint.
     """
 
     def __init__(self, act: Callable[[], None]) -> None:
@@ -43,7 +44,10 @@ class WhenPlanned(logging.Handler):
         planned = str(getattr(record, "event", "")) == _PLAN or record.msg == NOTHING_TO_BE_DONE_MSG
         if planned and not self.done:
             self.done = True
-            self.act()
+            try:
+                self.act()
+            except KilnError as error:
+                raise CliException(str(error)) from None  # of Snakemake's errors the one without lines of a traceback
 
 
 class Redone(NamedTuple):
