@@ -12,7 +12,7 @@ PIPELINES ?= vase busi rae coca biomedica
 PRUNED = $(if $(filter-out file,$(origin RESULTS)),--results $(RESULTS))
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status prune adopt doctor lock dvc clean-env clean-demo
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status prune accept adopt doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -87,6 +87,11 @@ config: install ## make config/default.yaml, config/schema.json and envs/*.yaml 
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
+
+accept: TARGET ?= $(firstword $(subst _, ,$(RULE)))
+accept: install ## keep a result though its inputs, settings or code changed: RULE=rae_train_autoencoder ARGS="..."
+	@[ -n "$(RULE)" ] || { echo "Error: accept needs the name of a rule."; echo "Hint: make accept RULE=rae_train_autoencoder"; exit 1; }
+	KILN_ACCEPT=$(RULE) $(BIN)/snakemake $(TARGET) $(ARGS) --dry-run --quiet
 
 adopt: install ## wait for the Slurm jobs that a killed Snakemake left, so that the next one carries on
 	$(BIN)/python -m scripts.common.adopt

@@ -30,10 +30,10 @@ from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
 from scripts import needs
-from scripts.common import cluster_guard, disk, prune, sizes, spent, variants
+from scripts.common import accept, cluster_guard, disk, prune, retrain, sizes, spent, variants
+from scripts.common import code_key as code_keys
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
-from scripts.common.code_key import code_key
 from scripts.common.errors import KilnError
 from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
@@ -72,6 +72,38 @@ if "SLURM_JOB_ID" in os.environ:
     # Slurm's SIGTERM reaches all processes of a job; without its shell and `tee` a step would end, and a preempted
     # job count as failed instead of being requeued.
     shell.prefix("set -euo pipefail; trap '' TERM; ")
+
+
+TRAININGS = (
+    "vase_train_classifier",
+    "vase_train_sft",
+    "vase_train_grpo",
+    "busi_train_lora",
+    "coca_train",
+    "rae_train_autoencoder",
+    "biomedica_train_clip",
+)
+CODES = retrain.Codes(Path(RESULTS, "code"))
+
+
+def code_key(*modules):
+    """The code key of a rule that keys `modules`."""
+    return CODES.note(code_keys.code_key(*modules), modules)
+
+
+def look_at_plan():
+    """Before any job, and in dry runs: keep what `make accept` names, else guard finished trainings."""
+    plan = retrain.Plan(workflow, CODES)
+    if accept.VARIABLE in os.environ:
+        accept.accept(plan, os.environ[accept.VARIABLE], retrain.at_exit)
+    else:
+        retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
+        if not workflow.dryrun:
+            CODES.keep()
+
+
+if workflow.is_main_process:
+    logger.addHandler(retrain.WhenPlanned(look_at_plan))
 
 
 def _of_kind(config, kind, place, places):
@@ -428,20 +460,11 @@ def guard_cluster():
         cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
 
 
-def made_as_now(job):
-    """Whether the record beside a job's results names its code and settings as they are now."""
-    if "meta" not in job.output.keys() or not Path(job.output.meta).is_file():
-        return False
-    made = json.loads(Path(job.output.meta).read_text())
-    asked = json.loads(job.params.get("settings") or "{}")
-    return (made["code"], made["settings"]) == (job.params.get("code"), asked)
-
-
 def record_finished():
     """Have Snakemake record the jobs that ended well without a controller, so that later changes rerun them."""
     for job in workflow.dag.jobs:
         if job.output and not workflow.dag.needrun(job) and not workflow.persistence.has_metadata(job):
-            if made_as_now(job):
+            if retrain.made_as_now(job):
                 workflow.async_run(workflow.persistence.finished(job))
 
 

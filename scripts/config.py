@@ -84,6 +84,12 @@ class Config(Settings):
     keep_shards: bool = execution(
         True, description="false: tables and embeddings of single shards go once they are read; a change redoes them"
     )
+    confirm_gpu_hours: float = execution(
+        1.0, ge=0, description="a run stops before it redoes a finished training that took more GPU hours than this"
+    )
+    allow_retrain: str | None = execution(
+        None, description="training rules that may run again all the same, parted by commas, or `all`"
+    )
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.common.code_key import code_key
+from scripts.common.code_key import CALM, code_key, module_keys
 
 GOLDEN = "2b134f5c33b365b81edf99302fbb1a7f1eb1fba28bae0753018783e750f7e4c6"
 
@@ -307,6 +309,54 @@ def test_settings_modules_are_left_out(key):
     assert with_settings("X = 1\n") == with_settings("X = 2\n")
 
 
+def test_calm_modules_and_what_only_they_import_are_left_out(key):
+    def with_texts(step, beyond, shared):
+        return key(
+            "import scripts.common.step\nimport scripts.common.shared\n",
+            common__="",
+            common__step=f"import scripts.common.beyond, scripts.common.shared\n{step}",
+            common__beyond=beyond,
+            common__shared=shared,
+        )
+
+    assert with_texts("X = 1\n", "X = 1\n", "X = 1\n") == with_texts("X = 2\n", "X = 2\n", "X = 1\n")
+    assert with_texts("X = 1\n", "X = 1\n", "X = 1\n") != with_texts("X = 1\n", "X = 1\n", "X = 2\n")
+
+
+def test_every_calm_module_exists(root):
+    assert [name for name in sorted(CALM) if not (root / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def keys_of_rules(root: Path, at: Path) -> dict[tuple[str, ...], str]:
+    """{the modules that a rule keys: their code key by the files below `at`}, of every rule."""
+    text = "".join(path.read_text() for path in sorted((root / "rules").glob("*.smk")))
+    places = [tuple(re.findall(r'"(scripts[.\w]+)"', found)) for found in re.findall(r"code_key\(([^)]*)\)", text)]
+    places += [tuple(re.findall(r'"(scripts[.\w]+)"', found)) for found in re.findall(r"_CODE = \(([^)]*)\)", text)]
+    return {modules: code_key(*modules, root=at) for modules in places if modules}
+
+
+def test_a_calm_module_changes_no_rule_and_another_those_that_use_it(root, tmp_path):
+    shutil.copytree(root / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    before = keys_of_rules(root, tmp_path)
+    assert len(before) > 60
+    for name in CALM:
+        with (tmp_path / f"{name.replace('.', '/')}.py").open("a") as handle:
+            handle.write("\nMORE = 1\n")
+    assert keys_of_rules(root, tmp_path) == before
+    with (tmp_path / "scripts/common/images.py").open("a") as handle:
+        handle.write("\nMORE = 1\n")
+    after = keys_of_rules(root, tmp_path)
+    users = {modules for modules in before if "scripts.common.images" in module_keys(*modules)}
+    assert {modules for modules in before if after[modules] != before[modules]} == users
+    assert 20 < len(users) < len(before) - 20
+
+
+def test_module_keys_name_the_module_that_changed(tmp_path):
+    before = module_keys("scripts.p.step", root=write(tmp_path, TREE))
+    after = module_keys("scripts.p.step", root=write(tmp_path, {"scripts/common/deep.py": "NUMBER = 8\n"}))
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"scripts.common.deep"}
+
+
 def test_cycles_end(key):
     assert key("import scripts.h\n", h="import scripts.m\n")
 
@@ -362,7 +412,7 @@ def other_pythons() -> list[Path]:
 REPORT = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from scripts.common.code_key import code_key
+from scripts.common.code_key import CALM, code_key, module_keys
 tree, steps = pathlib.Path(sys.argv[2]), sys.argv[3:]
 print(json.dumps([code_key("scripts.p.step", root=tree), *(code_key(step) for step in steps)]))
 """

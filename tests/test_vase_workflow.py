@@ -341,8 +341,9 @@ def test_a_full_disk_is_named_and_the_next_run_completes(finished_run, tmp_path)
     """On a real small disk: full while images are inspected, then with room again."""
     checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
     page = 4096
-    # room for the configuration, the table of shards and two logs, but for no shard's table
-    room = page * (-(-(run / "results/config.yaml").stat().st_size // page) + 3)
+    # room for the configuration, the note of code keys, the table of shards and two logs, but for no shard's table
+    early = [run / "results/config.yaml", run / "results/code", *(run / "results/code").iterdir()]
+    room = page * (sum(-(-path.stat().st_size // page) for path in early) + 3)
     shutil.rmtree(run / "results")
     (run / "results").mkdir()
     target = "results/vase/list_images/manifest.parquet"

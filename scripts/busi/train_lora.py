@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.state_folder / fingerprint(
         {**of_kind(values, "numerics"), "method": args.method}, hashes, record.code
     )  # fmt: skip
+    record.carries_on(folder)
     with writer_lock(folder, owner="training") if rank == 0 else contextlib.nullcontext():
         trainer, processor = train(args, values, folder)
         if rank == 0:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import KilnError
+from scripts.common.heartbeat import seconds_so_far
 
 PACKAGES = ("torch", "torchvision", "transformers", "open-clip-torch", "numpy", "pandas", "pyarrow", "pillow")
 
@@ -249,10 +250,19 @@ class Record:
         self.facts: dict[str, Any] = {}
         self.step, self.settings, self.code = step, dict(settings), code
         self.inputs = {name: {"path": str(p), "sha256": input_hash(p)} for name, p in inputs.items()}
+        self.earlier_seconds = 0.0
+
+    def carries_on(self, state: Path) -> None:
+        """Count what earlier attempts at this training took; to be called before it trains.
+
+        Args:
+            state: its state folder, by fingerprint.
+        """
+        self.earlier_seconds = seconds_so_far(state)
 
     def write(self, meta: Path, outputs: Iterable[Path], items: int | None = None) -> None:
         """Write `meta` for the finished `outputs`; `items` gives a throughput in items per second."""
-        seconds = time.monotonic() - self.clock
+        seconds = self.earlier_seconds + time.monotonic() - self.clock
         self_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         child_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         torch = _loaded_torch()
@@ -270,6 +280,7 @@ class Record:
                 "hardware": _hardware(),
                 "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
                 "wall_seconds": round(seconds, 3),
+                "processes": int(os.environ.get("WORLD_SIZE", 1)),
                 "peak_rss_mb": round(max(self_kb, child_kb) / 1024, 1),
                 "peak_vram_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
                 "items": items,

@@ -2,8 +2,8 @@
 
 Comments, docstrings, formatting and annotations do not count, so that editing them reruns nothing;
 anything else in a module that a step can reach does. Modules named `settings` are left out: they
-hold no algorithm, and the values that they check stand in a rule's params. The dump is ours because `ast.dump` differs
-between Python minors, which would rerun everything after an upgrade.
+hold no algorithm, and the values that they check stand in a rule's params. So are the modules of `CALM`. The dump is
+ours because `ast.dump` differs between Python minors, which would rerun everything after an upgrade.
 """
 
 import ast
@@ -13,6 +13,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "scripts"
+# Modules that decide no number and no byte of an output, so that editing them reruns nothing: neither they nor what
+# only they import counts for a step that imports them. A module belongs here only by that rule.
+CALM = frozenset(
+    f"{PACKAGE}.common.{name}"
+    for name in (
+        "adopt",  # waits for Slurm jobs
+        "cluster_guard",  # refuses to start
+        "code_key",  # names code; what a key stands for is what is compared
+        "doctor",  # looks at the machine
+        "errors",  # the wording of refusals
+        "failures",  # tells of failed jobs
+        "heartbeat",  # tells how far a training is
+        "launch",  # starts processes
+        "locks",  # keeps others out
+        "log_text",  # shortens logs
+        "progress",  # shows how far a loop is; what it yields is what it was given
+        "slurm",  # asks Slurm
+        "spent",  # removes states of trainings that are done
+        "status",  # prints a table of trainings
+        "step",  # a command line: what it parses stands in the rule's params, what it writes is its meta.json
+        "supervision",  # signals, time and stalls
+        "trackers",  # copies of numbers for TensorBoard and W&B
+    )
+)
 _SKIPPED_FIELDS = {"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "type_ignores"}
 
 
@@ -23,9 +47,18 @@ def code_key(*modules: str, root: Path = ROOT) -> str:
         ModuleNotFoundError: a named module has no file below `root`.
     """
     digest = hashlib.sha256()
-    for name in sorted(_closure(modules, root)):
-        digest.update(f"{name}\0{_module_key(_file_of(name, root))}\0".encode())
+    for name, key in module_keys(*modules, root=root).items():
+        digest.update(f"{name}\0{key}\0".encode())
     return digest.hexdigest()
+
+
+def module_keys(*modules: str, root: Path = ROOT) -> dict[str, str]:
+    """{module: hex sha256 over its meaning}, sorted, of all modules that count for `code_key` of the same arguments.
+
+    Raises:
+        ModuleNotFoundError: a named module has no file below `root`.
+    """
+    return {name: _module_key(_file_of(name, root)) for name in sorted(_closure(modules, root))}
 
 
 def _closure(modules: tuple[str, ...], root: Path) -> set[str]:
@@ -38,7 +71,7 @@ def _closure(modules: tuple[str, ...], root: Path) -> set[str]:
         path = _file_of(name, root)
         if path is None:
             raise ModuleNotFoundError(f"no module {name} below {root}")
-        if name.endswith(".settings"):
+        if name.endswith(".settings") or (name in CALM and name not in modules):
             continue
         seen.add(name)
         todo.extend(n for n in _imports(name, path) if _file_of(n, root))
@@ -82,6 +115,11 @@ def _parse(path: Path, mtime_ns: int, size: int) -> ast.Module:
 
 
 def _module_key(path: Path) -> str:
+    return _key_of_file(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@functools.cache
+def _key_of_file(path: Path, mtime_ns: int, size: int) -> str:
     return hashlib.sha256(meaning(_tree(path)).encode()).hexdigest()
 
 

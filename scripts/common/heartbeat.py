@@ -19,6 +19,14 @@ SECONDS = 5.0
 WINDOW = 24  # writes over which the speed is a mean: two minutes and more
 
 
+def seconds_so_far(folder: Path) -> float:
+    """Seconds that a training has taken in all attempts that wrote to this state folder; 0 where none did."""
+    try:
+        return float(json.loads((folder / NAME).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0  # none, or cut off: only the cost would be wrong, and a training does not fail for that
+
+
 class Heartbeat:
     """The file of one training.
 
@@ -30,6 +38,8 @@ class Heartbeat:
 
     def __init__(self, folder: Path, step: int, steps: int | None):
         self.path = folder / NAME
+        self.before = seconds_so_far(folder)
+        self.begun = time.monotonic()
         self.step, self.steps = step, steps
         self.loss: float | None = None
         self.phase = "training"
@@ -71,7 +81,10 @@ class Heartbeat:
             self.broken = True
 
     def facts(self) -> dict:
-        """What the file holds: times in seconds since 1970, speed in optimiser steps per second."""
+        """What the file holds: times in seconds since 1970, speed in optimiser steps per second.
+
+        `seconds` is how long the training took until now, earlier attempts included.
+        """
         (first, before), (last, after) = self.points[0], self.points[-1]
         speed = (after - before) / (last - first) if last > first else None
         left = None if self.steps is None else max(0, self.steps - self.step)
@@ -88,5 +101,6 @@ class Heartbeat:
             "pid": os.getpid(),
             "owner": getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name,
             "started": self.started,
+            "seconds": round(self.before + time.monotonic() - self.begun, 3),
             "updated": time.time(),
         }

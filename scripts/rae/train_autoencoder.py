@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
         accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
         own.save_minutes, own.budget_minutes, own.stall_minutes,
     )  # fmt: skip
+    record.carries_on(state.folder)
     try:
         train(fit, state, args.tracker_folder, monitor)
         if accelerator.is_main_process:

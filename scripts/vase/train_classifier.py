@@ -165,6 +165,7 @@ def run(args: argparse.Namespace) -> None:
         accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone,
         values.save_minutes, values.budget_minutes, values.stall_minutes,
     )  # fmt: skip
+    record.carries_on(state.folder)
     try:
         fit = train(values, sides, args.weights, accelerator, state, args.tracker_folder)
         accelerator.unwrap_model(fit.model).load_state_dict(fit.at.best)

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.vase.train_grpo", values, inputs)
     hashes = {name: one["sha256"] for name, one in record.inputs.items()}
     folder = args.state_folder / fingerprint(of_kind(values, "numerics"), hashes, record.code)
+    record.carries_on(folder)
     first = swift_training.rank() == 0
     with writer_lock(folder, owner="training") if first else contextlib.nullcontext():
         swift_training.set_environment(args.images, args.model, values.vlm, folder / "cache")
