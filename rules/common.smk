@@ -98,6 +98,8 @@ def look_at_plan():
         accept.accept(plan, os.environ[accept.VARIABLE], retrain.at_exit)
     else:
         retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
+        if CONFIG.check_disk:
+            check_disk()
         if not workflow.dryrun:
             CODES.keep()
 
@@ -481,8 +483,6 @@ def describe_results():
 
 
 onstart:
-    if workflow.is_main_process and CONFIG.check_disk:
-        or_stop(check_disk)
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
         record_finished()
