@@ -26,16 +26,18 @@ if ROOT not in sys.path:
 import yaml
 from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.logging import logger
-from snakemake.settings.types import DeploymentMethod
+from snakemake.settings.types import DeploymentMethod, RerunTrigger
 
 from scripts import config as kiln_config
-from scripts.common import cluster_guard, spent
+from scripts.common import cluster_guard, edited, file_times, locks, records, spent
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
+from scripts.common.env_key import env_key
 from scripts.common.errors import KilnError
 from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
+from scripts.common.plan import AtPlan
 from scripts.common.shards import ShardTable, refresh, scan
 from scripts.retrieve.models import read_table as read_models
 
@@ -57,8 +59,11 @@ RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 STATE = f"{RESULTS}/state"
+METADATA = Path(".snakemake/metadata")
 MODELS_TABLE = f"{ROOT}/config/models.csv"
 MODELS = or_stop(read_models, Path(MODELS_TABLE))
+if workflow.is_main_process:
+    or_stop(records.take_over, Path(RESULTS), METADATA)
 
 IN_ENVIRONMENT = {DeploymentMethod.CONDA, DeploymentMethod.APPTAINER} & set(
     workflow.deployment_settings.deployment_method
@@ -280,6 +285,30 @@ class ShardedFolder:
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
 
 
+@functools.cache
+def own_results():
+    """Be the only run that writes in the results folder, until this process ends."""
+    CONTROLLER.enter_context(locks.writer_lock(Path(RESULTS), "snakemake", mode=0o666))
+
+
+def refuse_edited():
+    """Stop before the first job if one would read a result that was changed by hand."""
+    planned = list(workflow.dag.needrun_jobs())
+    remade = {file for job in planned for file in job.output}
+    edited.refuse(Path(file) for file in sorted({file for job in planned for file in job.input} - remade))
+
+
+def set_future_times():
+    """After a clock has jumped back, have nothing lie in the future that jobs of this run are made from."""
+    ours = {file for job in workflow.dag.jobs for file in [*job.output, *filter(None, [job.benchmark])]}
+    theirs = {file for job in workflow.dag.needrun_jobs() for file in job.input} - ours
+    file_times.bring_back_from_future(map(Path, ours), map(Path, theirs))
+
+
+if workflow.is_main_process:
+    logger.addHandler(AtPlan(lambda: or_stop(refuse_edited)))
+
+
 def guard_cluster():
     """Stop before the first job is submitted to Slurm if another controller, its jobs or the profile are in the way."""
     directory, options = Path.cwd(), workflow.executor_settings
@@ -313,7 +342,23 @@ def record_finished():
                 workflow.async_run(workflow.persistence.finished(job))
 
 
+def key_environments():
+    """Have every rule rerun when a package of its environment changes, and not because conda is switched on or off.
+
+    Snakemake's own trigger compares environments with their place on this machine, and only where conda is in use.
+    """
+    if not workflow.modifier.is_module:
+        workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
+    for one in workflow.rules:
+        file = os.path.normpath(os.path.join(str(one.basedir), str(one.conda_env))) if one.conda_env else ""
+        if os.path.dirname(file) == os.path.join(ROOT, "envs"):
+            one.set_params(environment=env_key(Path(file)))
+
+
 onstart:
+    if workflow.is_main_process:
+        or_stop(own_results)
+        or_stop(set_future_times)
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
         record_finished()
@@ -322,9 +367,11 @@ onstart:
 
 onsuccess:
     spent.sweep(Path(STATE))
+    or_stop(records.keep, Path(RESULTS), METADATA)
 
 
 onerror:
     spent.sweep(Path(STATE))
     if FAILURES.failed:
         logger.error(f"\n{FAILURES.report(Path.cwd())}\n")
+    or_stop(records.keep, Path(RESULTS), METADATA)
