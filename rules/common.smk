@@ -29,7 +29,7 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod, RerunTrigger
 
 from scripts import config as kiln_config
-from scripts.common import cluster_guard, edited, file_times, locks, records, spent
+from scripts.common import cluster_guard, edited, file_times, locks, moments, records, spent
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
@@ -37,7 +37,6 @@ from scripts.common.env_key import env_key
 from scripts.common.errors import KilnError
 from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
-from scripts.common.plan import AtPlan
 from scripts.common.shards import ShardTable, refresh, scan
 from scripts.retrieve.models import read_table as read_models
 
@@ -305,8 +304,15 @@ def set_future_times():
     file_times.bring_back_from_future(map(Path, ours), map(Path, theirs))
 
 
+def forget_places_of_environments():
+    """Have no rule rerun because conda is switched on or off, or an environment lies elsewhere; see `key_environments`."""
+    workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
+
+
 if workflow.is_main_process:
-    logger.addHandler(AtPlan(lambda: or_stop(refuse_edited)))
+    logger.addHandler(moments.At(moments.PLANNED, lambda: or_stop(refuse_edited)))
+    if workflow.modifier.parent_modifier is None:  # in a module, the other rules are not ours
+        logger.addHandler(moments.At(moments.STARTED, forget_places_of_environments))
 
 
 def guard_cluster():
@@ -343,12 +349,10 @@ def record_finished():
 
 
 def key_environments():
-    """Have every rule rerun when a package of its environment changes, and not because conda is switched on or off.
+    """Have every rule rerun when a package of its environment changes, with conda or without.
 
     Snakemake's own trigger compares environments with their place on this machine, and only where conda is in use.
     """
-    if not workflow.modifier.is_module:
-        workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
     for one in workflow.rules:
         file = os.path.normpath(os.path.join(str(one.basedir), str(one.conda_env))) if one.conda_env else ""
         if os.path.dirname(file) == os.path.join(ROOT, "envs"):

@@ -131,7 +131,7 @@ def _wrong_in_copy(path: Path, row: Row) -> Iterator[str]:
     if found != row.size:
         yield f"{path}: {found} bytes, expected {row.size}"
     elif record and found <= HASHED_BYTES and sha256_file(path) != record[0]["sha256"]:
-        yield f"{path}: its sha256 is not the one in its meta.json"
+        yield f"{path}: sha256 {sha256_file(path)}, expected {record[0]['sha256']}, by its record"
     for member, entry in edited.listed(path).items():
         length = member.stat().st_size if member.is_file() else None
         if length != entry["bytes"]:
