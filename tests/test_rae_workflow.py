@@ -32,6 +32,7 @@ from rae_fixtures import (
     train_all,
     training,
 )
+from rerun_cases import RAE, named
 from safetensors.torch import load_file
 
 from scripts.common import devices
@@ -276,13 +277,7 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     assert planned() == {}
     card = (tmp_path / "results/rae/describe_model/siglip2/model/README.md").read_text()
     assert "| rFID (lower is better) |" in card and "random features, not comparable" in card
-    scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1, "rae_describe_model": 1}
-    assert planned("--config", "set=rae.evaluate.max_images=10") == scoring
-    assert planned("--config", "set=rae.evaluate.workers=2 rae.autoencoder.save_minutes=1") == {}
-    watching = "rae.autoencoder.sample_every=0 rae.autoencoder.rfid.every_n_steps=0 rae.autoencoder.rfid.on_train=true"
-    assert planned("--config", f"set={watching}") == {}
-    assert planned("--config", "set=rae.evaluate.extractor=inception-v3-compat") == scoring
+    for settings, jobs in RAE:
+        assert planned("--config", f"set={settings}") == named("rae", jobs), settings
     (tmp_path / "inception.pth").write_bytes(b"other and newer")
     assert planned() == {}
-    rate = planned("--config", "set=rae.autoencoder.lr=1e-3")
-    assert rate == {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after

@@ -17,6 +17,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import rerun_cases
 import workflow
 import yaml
 
@@ -30,11 +31,6 @@ SPLIT = "results/busi/split/splits.csv"
 PAIRS = "results/busi/find_duplicates/pairs.parquet"
 MANIFEST = "results/busi/list_images/manifest.parquet"
 ALL = {"busi_list_images": 1, "busi_find_duplicates": 1, "busi_split": 1}
-PINS = [
-    ("vlm", {}),
-    ("vision", {"busi_find_duplicates": 1, "busi_split": 1}),
-    ("tables", ALL),
-]
 CONDA = """#!/bin/sh
 case "$1" in
     info) echo '{"conda_prefix": "/nowhere", "platform": "linux-64"}' ;;
@@ -283,7 +279,7 @@ def test_another_interpreter_reruns_nothing(finished_run, tmp_path):
     assert f"{there} -m scripts.busi.split" in said(done)
 
 
-@pytest.mark.parametrize("family, jobs", PINS)
+@pytest.mark.parametrize("family, jobs", rerun_cases.PINS)
 def test_a_pin_reruns_the_rules_of_its_environment(copied, family, jobs):
     checkout, run = copied
     file = checkout / f"envs/{family}.yaml"
@@ -312,3 +308,8 @@ def test_the_order_of_packages_and_the_version_of_python_do_not_count(tmp_path):
     (tmp_path / "conda.yaml").write_text(text.replace("ffmpeg=7", "ffmpeg=8"))
     keys = {path.stem: env_key.env_key(path) for path in tmp_path.iterdir()}
     assert keys["one"] == keys["same"] and len(set(keys.values())) == 3
+
+
+def test_the_page_shows_these_cases():
+    assert not rerun_cases.stale(), f"{rerun_cases.stale()}\nHint: make config"
+    assert {test for _, _, test in rerun_cases.FAULTS} <= globals().keys()
