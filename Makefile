@@ -75,15 +75,17 @@ lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/snakemake --lint --configfile config/demo.yaml
 	$(BIN)/python -m scripts.config --check
 	$(BIN)/python -m scripts.envs --check
+	$(BIN)/python tests/rerun_cases.py --check
 
 format: install ## ruff and snakefmt, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile rules
 
-config: install ## make config/default.yaml, config/schema.json and envs/*.yaml anew
+config: install ## make config/default.yaml, config/schema.json, envs/*.yaml and the table in docs/reruns.md anew
 	$(BIN)/python -m scripts.config --write
 	$(BIN)/python -m scripts.envs --write
+	$(BIN)/python tests/rerun_cases.py --write
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg

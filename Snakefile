@@ -30,6 +30,9 @@ include: "rules/biomedica.smk"
 include: "rules/report.smk"
 
 
+key_environments()
+
+
 localrules:
     all,
     report,

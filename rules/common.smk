@@ -26,14 +26,29 @@ if ROOT not in sys.path:
 import yaml
 from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.logging import logger
-from snakemake.settings.types import DeploymentMethod
+from snakemake.settings.types import DeploymentMethod, RerunTrigger
 
 from scripts import config as kiln_config
 from scripts import needs
-from scripts.common import accept, cluster_guard, disk, prune, retrain, sizes, spent, variants
+from scripts.common import (
+    accept,
+    cluster_guard,
+    disk,
+    edited,
+    file_times,
+    locks,
+    moments,
+    prune,
+    records,
+    retrain,
+    sizes,
+    spent,
+    variants,
+)
 from scripts.common import code_key as code_keys
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
+from scripts.common.env_key import env_key
 from scripts.common.errors import KilnError
 from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
@@ -58,8 +73,11 @@ RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 STATE = f"{RESULTS}/state"
+METADATA = Path(".snakemake/metadata")
 MODELS_TABLE = f"{ROOT}/config/models.csv"
 MODELS = or_stop(read_models, Path(MODELS_TABLE))
+if workflow.is_main_process:
+    or_stop(records.take_over, Path(RESULTS), METADATA)
 
 IN_ENVIRONMENT = {DeploymentMethod.CONDA, DeploymentMethod.APPTAINER} & set(
     workflow.deployment_settings.deployment_method
@@ -446,6 +464,37 @@ def of_shard(path):
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
 
 
+@functools.cache
+def own_results():
+    """Be the only run that writes in the results folder, until this process ends."""
+    CONTROLLER.enter_context(locks.writer_lock(Path(RESULTS), "snakemake", mode=0o666))
+
+
+def refuse_edited():
+    """Stop before the first job if one would read a result that was changed by hand."""
+    planned = list(workflow.dag.needrun_jobs())
+    remade = {file for job in planned for file in job.output}
+    edited.refuse(Path(file) for file in sorted({file for job in planned for file in job.input} - remade))
+
+
+def set_future_times():
+    """After a clock has jumped back, have nothing lie in the future that jobs of this run are made from."""
+    ours = {file for job in workflow.dag.jobs for file in [*job.output, *filter(None, [job.benchmark])]}
+    theirs = {file for job in workflow.dag.needrun_jobs() for file in job.input} - ours
+    file_times.bring_back_from_future(map(Path, ours), map(Path, theirs))
+
+
+def forget_places_of_environments():
+    """Have no rule rerun because conda is switched on or off, or an environment lies elsewhere; see `key_environments`."""
+    workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
+
+
+if workflow.is_main_process:
+    logger.addHandler(moments.At(moments.PLANNED, lambda: or_stop(refuse_edited)))
+    if workflow.modifier.parent_modifier is None:  # in a module, the other rules are not ours
+        logger.addHandler(moments.At(moments.STARTED, forget_places_of_environments))
+
+
 def guard_cluster():
     """Stop before the first job is submitted to Slurm if another controller, its jobs or the profile are in the way."""
     directory, options = Path.cwd(), workflow.executor_settings
@@ -482,7 +531,21 @@ def describe_results():
         logger.warning(f"{RESULTS}/README.md is not up to date: {error}")
 
 
+def key_environments():
+    """Have every rule rerun when a package of its environment changes, with conda or without.
+
+    Snakemake's own trigger compares environments with their place on this machine, and only where conda is in use.
+    """
+    for one in workflow.rules:
+        file = os.path.normpath(os.path.join(str(one.basedir), str(one.conda_env))) if one.conda_env else ""
+        if os.path.dirname(file) == os.path.join(ROOT, "envs"):
+            one.set_params(environment=env_key(Path(file)))
+
+
 onstart:
+    if workflow.is_main_process:
+        or_stop(own_results)
+        or_stop(set_future_times)
     if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
         or_stop(guard_cluster)
         record_finished()
@@ -491,6 +554,7 @@ onstart:
 
 onsuccess:
     spent.sweep(Path(STATE))
+    or_stop(records.keep, Path(RESULTS), METADATA)
     if workflow.is_main_process:
         describe_results()
 
@@ -499,3 +563,4 @@ onerror:
     spent.sweep(Path(STATE))
     if FAILURES.failed:
         logger.error(f"\n{FAILURES.report(Path.cwd())}\n")
+    or_stop(records.keep, Path(RESULTS), METADATA)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
+from rerun_cases import BIOMEDICA, BIOMEDICA_AFTER_TRAINING, named
 
 pytestmark = pytest.mark.slow(minutes=5)
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123"
@@ -34,12 +35,6 @@ SETTINGS = {
         "compare_seeds": [0, 1],
     },
 }  # fmt: skip
-AFTER_TRAINING = dict.fromkeys(("evaluate", "export", "describe_model"), 1)
-
-
-def named(jobs: dict[str, int]) -> dict[str, int]:
-    """Under the names that Snakemake plans."""
-    return {f"biomedica_{rule}": n for rule, n in jobs.items()}
 
 
 def without_hub(jobs: dict[str, int]) -> dict[str, int]:
@@ -150,21 +145,9 @@ def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run
     assert planned(*finished_run, "--config", f"set={' '.join(values)}") == {}
 
 
-@pytest.mark.parametrize(
-    ("value", "jobs"),
-    [
-        ("biomedica.train.lr=2e-3", {"train_clip": 4, **AFTER_TRAINING}),
-        ("biomedica.plan.epochs=3", {"plan": 2, "train_clip": 4, **AFTER_TRAINING}),
-        ("biomedica.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
-        ("biomedica.compare_seeds=[0]", {"evaluate": 1, "describe_model": 1}),
-        ("biomedica.compare_seeds=[0,1,2]", {"train_clip": 2, "evaluate": 1, "describe_model": 1}),
-        ("biomedica.variants.low.train.lr=2e-3", {"train_clip": 4, **AFTER_TRAINING}),
-        ("biomedica.variants.long.plan.epochs=3", {"plan": 2, "train_clip": 4, **AFTER_TRAINING}),
-        ("biomedica.variants.main.seeds=[0,1]", AFTER_TRAINING),  # both are trained already, for the comparison
-    ],
-)
+@pytest.mark.parametrize("value, jobs", BIOMEDICA)
 def test_a_setting_reruns_its_readers(finished_run, value, jobs):
-    assert planned(*finished_run, "--config", f"set={value}") == named(jobs)
+    assert planned(*finished_run, "--config", f"set={value}") == named("biomedica", jobs)
 
 
 def test_messages_rerun_nothing_and_numbers_retrain(copied):
@@ -174,7 +157,7 @@ def test_messages_rerun_nothing_and_numbers_retrain(copied):
     workflow.edit(checkout / "scripts/biomedica/train_clip.py", "import argparse\n", "import argparse\nimport string\n")
     assert planned(checkout, run) == {}
     training.write_text(training.read_text() + "\nEXTRA = 1\n")
-    assert planned(checkout, run) == named({"train_clip": 4, **AFTER_TRAINING})
+    assert planned(checkout, run) == named("biomedica", {"train_clip": 4, **BIOMEDICA_AFTER_TRAINING})
 
 
 def test_a_local_shard_that_is_rewritten_reruns_what_reads_the_folder(copied):

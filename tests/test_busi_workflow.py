@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
+from rerun_cases import BUSI, BUSI_EXECUTION
 from vlm_fixtures import tiny_base
 
 from scripts.common.model_folders import identity
 from scripts.demo import draw_ultrasound
 
 pytestmark = pytest.mark.slow
-AFTER_TRAINING = {"busi_merge": 1, "busi_predict": 1, "busi_evaluate": 1, "busi_describe_model": 1}
 DRAWN = {"normal": 24, "benign": 30, "malignant": 26, "identical": 4, "near": 4, "conflicts": 1, "image_size": 64}
 SETTINGS = {
     "device": "cpu",
@@ -85,25 +85,12 @@ def test_nothing_is_left_to_do(finished_run):
     assert workflow.planned(*finished_run, "busi") == {}
 
 
-@pytest.mark.parametrize(
-    "value", ["busi.train.workers=2", "busi.train.save_minutes=1", "busi.predict.workers=1", "busi.duplicates.block=64",
-              "resources.gpu_single.threads=2", "busi.train.tracker=none"],
-)  # fmt: skip
-def test_execution_settings_rerun_nothing(finished_run, value):
-    assert workflow.planned(*finished_run, "busi", "--config", f"set={value}") == {}
+@pytest.mark.parametrize("value, jobs", BUSI_EXECUTION)
+def test_execution_settings_rerun_nothing(finished_run, value, jobs):
+    assert workflow.planned(*finished_run, "busi", "--config", f"set={value}") == jobs == {}
 
 
-@pytest.mark.parametrize(
-    ("value", "jobs"),
-    [
-        ("busi.train.lr=1e-3", {"busi_train_lora": 1, **AFTER_TRAINING}),
-        ("busi.lora.rank=8", {"busi_train_lora": 1, **AFTER_TRAINING}),
-        ("busi.merge.prompts=4", AFTER_TRAINING),
-        ("busi.predict.normalisation=sum", {"busi_predict": 2, "busi_evaluate": 1, "busi_describe_model": 1}),
-        ("busi.evaluate.seed=1", {"busi_evaluate": 1, "busi_describe_model": 1}),
-        ("busi.methods=[lora,qlora]", {"busi_train_lora": 1, **AFTER_TRAINING, "busi_describe_model": 2}),
-    ],
-)
+@pytest.mark.parametrize("value, jobs", BUSI)
 def test_a_setting_reruns_its_readers(finished_run, value, jobs):
     planned = workflow.planned(*finished_run, "busi", "--config", f"set={value}")
     assert planned == jobs

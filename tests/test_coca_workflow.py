@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
+from rerun_cases import COCA, COCA_AFTER_TRAINING, named
 
 from scripts.demo import draw_slides
 from scripts.demo.slides import DIAGNOSES
@@ -34,12 +35,6 @@ SETTINGS = {
         "predict": {"slides": "new", "texts": ["it's a lymphoma", "腺癌"]},
     },
 }  # fmt: skip
-AFTER_TRAINING = dict.fromkeys(("encode_slides", "caption", "evaluate", "describe_model", "predict"), 1)
-
-
-def named(jobs: dict[str, int]) -> dict[str, int]:
-    """Under the names that Snakemake plans."""
-    return {f"coca_{rule}": n for rule, n in jobs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -115,26 +110,16 @@ def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run
     assert workflow.planned(*finished_run, "coca", "--config", f"set={' '.join(values)}") == {}
 
 
-@pytest.mark.parametrize(
-    ("value", "jobs"),
-    [
-        ("coca.tokenizer.vocabulary=280", {"train_tokenizer": 1, "train": 1, **AFTER_TRAINING}),
-        ("coca.train.encoder_lr=1e-4", {"train": 1, **AFTER_TRAINING}),
-        ("coca.encode.dtype=float32", {"encode_slides": 1, "caption": 1, "evaluate": 1, "describe_model": 1}),
-        ("coca.caption.max_length=9", {"caption": 1, "evaluate": 1, "describe_model": 1, "predict": 1}),
-        ("coca.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
-        ("coca.predict.texts=[淋巴瘤]", {"predict": 1}),
-    ],
-)
+@pytest.mark.parametrize("value, jobs", COCA)
 def test_a_setting_reruns_its_readers(finished_run, value, jobs):
-    assert workflow.planned(*finished_run, "coca", "--config", f"set={value}") == named(jobs)
+    assert workflow.planned(*finished_run, "coca", "--config", f"set={value}") == named("coca", jobs)
 
 
 def test_a_variant_is_made_beside_main_which_stays(copied):
     checkout, run = copied
     low = ("coca", "--config", "set=coca.variants.low.train.lr=1e-4")
     before = of_run(run, "main")
-    assert workflow.planned(checkout, run, *low) == named({"train": 1, **AFTER_TRAINING})
+    assert workflow.planned(checkout, run, *low) == named("coca", {"train": 1, **COCA_AFTER_TRAINING})
     workflow.run(checkout, run, *low)
     assert of_run(run, "main") == before
     made = {str(path).replace("/low/", "/main/", 1): data for path, data in of_run(run, "low").items()}
@@ -147,34 +132,25 @@ def test_a_variant_is_made_beside_main_which_stays(copied):
     assert workflow.planned(checkout, run, *low) == {} == workflow.planned(checkout, run, "coca")
 
 
-@pytest.mark.parametrize(
-    ("value", "jobs"),
-    [
-        ("coca.variants.main.seeds=[42,7]", {"train": 1, **AFTER_TRAINING}),
-        ("coca.variants.same.train.lr=1e-3", {}),
-    ],
-)
-def test_a_seed_of_its_own_and_a_variant_that_changes_nothing_are_mains(finished_run, value, jobs):
-    assert workflow.planned(*finished_run, "coca", "--config", f"set={value}") == named(jobs)
-
-
 def test_comments_and_messages_rerun_nothing_and_numbers_retrain(copied):
     checkout, run = copied
     workflow.edit(checkout / "scripts/coca/losses.py", "    terms = {}", "    # a remark\n    terms = {}")
     workflow.edit(checkout / "scripts/coca/train.py", "epoch %d/%d, step %d: %s", "epoch %d of %d, step %d: %s")
     assert workflow.planned(checkout, run, "coca") == {}
     workflow.edit(checkout / "scripts/coca/losses.py", 'reduction="sum")', 'reduction="sum") * 2')
-    assert workflow.planned(checkout, run, "coca") == named({"train": 1, **AFTER_TRAINING})
+    assert workflow.planned(checkout, run, "coca") == named("coca", {"train": 1, **COCA_AFTER_TRAINING})
 
 
 def test_a_new_slide_reruns_what_reads_its_folder(copied):
     checkout, run = copied
     slide = next((run / "data/slides").glob("*.h5"))
     shutil.copy(slide, run / "new/another.h5")
-    assert workflow.planned(checkout, run, "coca") == named({"predict": 1})
+    assert workflow.planned(checkout, run, "coca") == named("coca", {"predict": 1})
     slide.unlink()
     planned = workflow.planned(checkout, run, "coca")
-    assert planned == named({"list_slides": 1, "split": 1, "train_tokenizer": 1, "train": 1, **AFTER_TRAINING})
+    assert planned == named(
+        "coca", {"list_slides": 1, "split": 1, "train_tokenizer": 1, "train": 1, **COCA_AFTER_TRAINING}
+    )
 
 
 def test_a_frozen_slide_encoder_comes_before_training_and_a_trained_one_after(finished_run, tmp_path):
@@ -185,12 +161,12 @@ def test_a_frozen_slide_encoder_comes_before_training_and_a_trained_one_after(fi
     frozen = ("--config", "set=coca.encoder.weights=prism.safetensors")
     latents = "results/coca/encode_slides/main/latents/index.parquet"
     model = "results/coca/train/main/model.safetensors"
-    assert workflow.planned(checkout, fresh, latents, *frozen) == named({"list_slides": 1, "encode_slides": 1})
-    before = named(dict.fromkeys(("list_slides", "split", "train_tokenizer", "train"), 1))
+    assert workflow.planned(checkout, fresh, latents, *frozen) == named("coca", {"list_slides": 1, "encode_slides": 1})
+    before = named("coca", dict.fromkeys(("list_slides", "split", "train_tokenizer", "train"), 1))
     assert workflow.planned(checkout, fresh, model, *frozen) == before | {"coca_encode_slides": 1}
     assert workflow.planned(checkout, fresh, latents) == before | {"coca_encode_slides": 1}
     both = f"{frozen[1]} coca.variants.low.train.lr=1e-4"
-    twice = named(dict.fromkeys(("train", "caption", "evaluate", "describe_model", "predict"), 2))
+    twice = named("coca", dict.fromkeys(("train", "caption", "evaluate", "describe_model", "predict"), 2))
     planned = workflow.planned(checkout, fresh, "coca", "--config", both)
     assert planned == before | twice | {"coca_encode_slides": 1}
     planned = workflow.planned(checkout, fresh, "coca", "--config", f"{both} coca.variants.low.encoder.depth=1")

@@ -32,6 +32,7 @@ from rae_fixtures import (
     train_all,
     training,
 )
+from rerun_cases import RAE, RAE_AFTER_TRAINING, named
 from safetensors.torch import load_file
 
 from scripts.common import devices
@@ -276,22 +277,14 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
     assert planned() == {}
     card = (tmp_path / "results/rae/describe_model/main/siglip2/model/README.md").read_text()
     assert "| rFID (lower is better) |" in card and "random features, not comparable" in card
-    scoring = {"rae_compute_reference_stats": 1, "rae_reconstruct": 1, "rae_evaluate": 1, "rae_describe_model": 1}
-    assert planned("--config", "set=rae.evaluate.max_images=10") == scoring
-    assert planned("--config", "set=rae.evaluate.workers=2 rae.autoencoder.save_minutes=1") == {}
-    watching = "rae.autoencoder.sample_every=0 rae.autoencoder.rfid.every_n_steps=0 rae.autoencoder.rfid.on_train=true"
-    assert planned("--config", f"set={watching}") == {}
-    assert planned("--config", "set=rae.evaluate.extractor=inception-v3-compat") == scoring
+    for settings, jobs in RAE:
+        assert planned("--config", f"set={settings}") == named("rae", jobs), settings
     (tmp_path / "inception.pth").write_bytes(b"other and newer")
     assert planned() == {}
-    once = {"rae_train_autoencoder": 1, "rae_reconstruct": 1, "rae_evaluate": 1} | after
-    assert planned("--config", "set=rae.autoencoder.lr=1e-3") == once
 
     # a variant beside main, trained by another LPIPS, scored by main's
-    assert planned("--config", "set=rae.variants.main.seeds=[42,7]") == once
-    assert planned("--config", "set=rae.variants.same.autoencoder.lr=5e-3") == {}
     low = ("--config", "set=rae.variants.low.autoencoder.lr=1e-3 rae.variants.low.perceptual.backbone=[8,8]")
-    assert planned(*low) == once
+    assert planned(*low) == named("rae", {"train_autoencoder": 1, **RAE_AFTER_TRAINING})
     results = tmp_path / "results/rae"
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     workflow.run(ROOT, tmp_path, *wanted, *low)

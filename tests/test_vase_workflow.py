@@ -14,17 +14,11 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
+from rerun_cases import CODE, VASE, VASE_FILTER
 from vase_fixtures import clip_folder, draw
 
 pytestmark = pytest.mark.slow
 
-FILTER = {
-    "vase_choose_threshold",
-    "vase_accept_images",
-    "vase_select_views",
-    "vase_audit_split",
-    "vase_evaluate_filter",
-}
 TRAINED = ("classifier.safetensors", "used.parquet")
 SETTINGS = {
     "device": "cpu",
@@ -116,26 +110,17 @@ def test_nothing_changed_reruns_nothing(finished_run):
     assert workflow.planned(*finished_run, "vase_images") == {}
 
 
-def test_comments_docstrings_and_messages_rerun_nothing(finished_run, edit):
-    edit("scripts/common/images.py", "import hashlib", "# a comment\nimport hashlib")
-    edit("scripts/vase/clip.py", '"""The CLIP model', '"""Another text: the CLIP model')
-    edit("scripts/vase/train_classifier.py", '"epoch %d/%d: %s"', '"done with epoch %d/%d: %s"')
-    edit("scripts/common/training_state.py", '"resumed from %s"', '"going on from %s"')
-    assert workflow.planned(*finished_run, "vase_images") == {}
+@pytest.mark.parametrize("what, edits, rerun", CODE)
+def test_code_reruns_what_it_can_change(finished_run, edit, what, edits, rerun):
+    for change in edits:
+        edit(*change)
+    assert set(workflow.planned(*finished_run, "vase_images")) == rerun
 
 
-def test_a_helper_reruns_what_it_can_change(finished_run, edit):
+def test_every_shard_is_embedded_anew(finished_run, edit):
     edit("scripts/vase/clip.py", "embeddings.mean(0)", "embeddings.sum(0)")
     shards = len(list((finished_run[1] / "results/vase/embed_images").glob("*.arrow")))
-    plan = workflow.planned(*finished_run, "vase_images")
-    assert set(plan) == {"vase_embed_images", "vase_score_images", *FILTER}
-    assert plan["vase_embed_images"] == shards > 1
-
-
-def test_numerics_of_training_retrain(finished_run, edit):
-    edit("scripts/vase/classifier_training.py", "zero_grad(set_to_none=True)", "zero_grad(set_to_none=False)")
-    plan = workflow.planned(*finished_run, "vase_images")
-    assert set(plan) == {"vase_train_classifier", "vase_classify_images", "vase_link_classes", *FILTER}
+    assert workflow.planned(*finished_run, "vase_images")["vase_embed_images"] == shards > 1
 
 
 @pytest.mark.parametrize(
@@ -159,16 +144,7 @@ def test_moved_images_are_linked_anew_and_not_read_again(finished_run, tmp_path)
     assert "vase_train_classifier" not in plan
 
 
-@pytest.mark.parametrize(
-    "override, rerun",
-    [
-        ("vase.classifier.workers=1 vase.classifier.save_minutes=3", set()),
-        ("device=auto", set()),
-        ("resources.cpu.threads=2", set()),
-        ("vase.threshold.percentile=40", FILTER),
-        ("vase.prompts.positive=[one]", {"vase_score_images", *FILTER}),
-    ],
-)
+@pytest.mark.parametrize("override, rerun", VASE)
 def test_settings_rerun_only_their_readers(finished_run, override, rerun):
     assert set(workflow.planned(*finished_run, "vase_images", "--config", f"set={override}")) == rerun
 
@@ -179,7 +155,7 @@ def test_a_variant_of_the_classifier_stands_beside_main(finished_run, tmp_path):
     results = run / "results/vase"
     variant = ("--config", "set=vase.variants.fast.classifier.lr=0.01")
     shards = len(list((results / "inspect_images").glob("*.parquet")))
-    chain = dict.fromkeys({"vase_train_classifier", "vase_link_classes", *FILTER}, 1)
+    chain = dict.fromkeys({"vase_train_classifier", "vase_link_classes", *VASE_FILTER}, 1)
     plan = workflow.planned(checkout, run, "vase_images", *variant)
     assert plan == {**chain, "vase_classify_images": shards}
     assert set(workflow.planned(checkout, run, "vase_quality", *variant)) == {

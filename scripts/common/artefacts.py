@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import KilnError
+from scripts.common.file_times import SKEW_SECONDS, refuse_future, seconds_ahead
 from scripts.common.heartbeat import seconds_so_far
 
 PACKAGES = ("torch", "torchvision", "transformers", "open-clip-torch", "numpy", "pandas", "pyarrow", "pillow")
@@ -178,19 +179,25 @@ def write_listing(folder: Path) -> list[Path]:
     return files
 
 
+def record_of(path: Path) -> tuple[dict[str, Any], int] | None:
+    """{bytes, sha256} of `path` as the step that made it recorded them, and the mtime of that record in ns; or None."""
+    for meta in (path.with_name(f"{path.stem}.meta.json"), path.with_name("meta.json")):
+        try:
+            record = json.loads(meta.read_text(encoding="utf-8"))["outputs"][path.name]
+            return {"bytes": record["bytes"], "sha256": record["sha256"]}, meta.stat().st_mtime_ns
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or a meta.json that is not of ours
+    return None
+
+
 def recorded_hash(path: Path) -> str | None:
     """The sha256 of `path` as the step that made it recorded it, without reading `path` again.
 
     None if there is no record, or if `path` has another size or is younger than its record.
     """
-    facts = path.stat()
-    for meta in (path.with_name(f"{path.stem}.meta.json"), path.with_name("meta.json")):
-        try:
-            record = json.loads(meta.read_text(encoding="utf-8"))["outputs"][path.name]
-            if record["bytes"] == facts.st_size and meta.stat().st_mtime_ns >= facts.st_mtime_ns:
-                return record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # none, or a meta.json that is not of ours
+    facts, found = path.stat(), record_of(path)
+    if found and found[0]["bytes"] == facts.st_size and found[1] >= facts.st_mtime_ns:
+        return found[0]["sha256"]
     return None
 
 
@@ -242,6 +249,9 @@ class Record:
         settings: the numerics that it ran with.
         inputs: {name: path}; each is recorded with its upstream hash.
         code: code key of the step.
+
+    Raises:
+        KilnError: an input lies in the future, so that Snakemake would refuse what is made from it, at the end.
     """
 
     def __init__(self, step: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], code: str):
@@ -249,6 +259,8 @@ class Record:
         self.clock = time.monotonic()
         self.facts: dict[str, Any] = {}
         self.step, self.settings, self.code = step, dict(settings), code
+        for path in inputs.values():
+            refuse_future(path)
         self.inputs = {name: {"path": str(p), "sha256": input_hash(p)} for name, p in inputs.items()}
         self.earlier_seconds = 0.0
 
@@ -263,6 +275,7 @@ class Record:
     def write(self, meta: Path, outputs: Iterable[Path], items: int | None = None) -> None:
         """Write `meta` for the finished `outputs`; `items` gives a throughput in items per second."""
         seconds = self.earlier_seconds + time.monotonic() - self.clock
+        self._wait_for_clock()
         self_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         child_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         torch = _loaded_torch()
@@ -288,3 +301,10 @@ class Record:
                 **self.facts,
             },
         )
+
+    def _wait_for_clock(self) -> None:
+        """A machine's clock may be behind another's: wait until what is made here is younger than its inputs."""
+        ahead = [
+            seconds_ahead(path) for path in map(Path, (one["path"] for one in self.inputs.values())) if path.exists()
+        ]
+        time.sleep(min(SKEW_SECONDS, max([0.0, *ahead])))

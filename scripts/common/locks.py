@@ -27,13 +27,14 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def writer_lock(folder: Path, owner: str, wait_seconds: float = 0) -> Iterator[None]:
+def writer_lock(folder: Path, owner: str, wait_seconds: float = 0, mode: int = -1) -> Iterator[None]:
     """Be the only process that writes in `folder`, which is made if need be, while the block runs.
 
     Args:
         folder: a state folder.
         owner: what the holder is, for whoever finds the folder taken, such as a step's name.
         wait_seconds: how long to wait for another writer to end.
+        mode: permissions of the lock's file; 0o666 where other users are to find the folder taken, or free.
 
     Raises:
         KilnError: another process writes there (it is named), or the file system knows no locks.
@@ -41,7 +42,7 @@ def writer_lock(folder: Path, owner: str, wait_seconds: float = 0) -> Iterator[N
     path = folder / WRITER_LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path, owner)
+        lock = _lock(path, owner, mode)
         lock.acquire(timeout=max(wait_seconds, LOOK_SECONDS))
     except filelock.Timeout:
         raise KilnError(
