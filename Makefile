@@ -12,7 +12,7 @@ PIPELINES ?= vase busi rae coca biomedica
 PRUNED = $(if $(filter-out file,$(origin RESULTS)),--results $(RESULTS))
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status prune accept adopt doctor lock dvc clean-env clean-demo
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status prune accept adopt rehash reshard doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -103,6 +103,12 @@ status: install ## the trainings that run or stopped, a line each (RESULTS=resul
 
 prune: install ## list what no configuration names, what is spent or left over; `make prune YES=1` removes it (CONFIGS="a.yaml b.yaml" OLDER_THAN=14)
 	@$(BIN)/python -m scripts.prune $(PRUNED) $(addprefix --configfile ,$(CONFIGS)) $(if $(OLDER_THAN),--older-than $(OLDER_THAN)) $(if $(YES),--yes)
+
+rehash: install ## read all images anew, to find changes that kept size and time, and redo those (ARGS="--configfile ...")
+	$(BIN)/snakemake --cores $(CORES) $(ARGS) --config rehash=true -- vase_images
+
+reshard: install ## as few shards of images as can be; the next run computes nothing anew (RESULTS=results/demo)
+	@$(BIN)/python -m scripts.common.reshard --results $(RESULTS) $(ARGS)
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor

@@ -40,7 +40,10 @@ from scripts.common import (
     moments,
     prune,
     records,
+    rehash,
+    reshard,
     retrain,
+    scans,
     sizes,
     spent,
     variants,
@@ -52,7 +55,7 @@ from scripts.common.env_key import env_key
 from scripts.common.errors import KilnError
 from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
-from scripts.common.shards import ShardTable, refresh, scan
+from scripts.common.shards import ShardTable, last, refresh
 from scripts.retrieve.models import read_table as read_models
 
 
@@ -420,33 +423,45 @@ def optional_table(path):
 
 @functools.cache
 def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):
-    """A folder's images, or its files with other endings, as the main process found them: see `disk.facts`."""
-    return disk.facts(scan(Path(folder), extensions, may_be_empty).items if folder else [])
+    """What is known of a folder's images, or of its files with other endings: see `scans.Facts`."""
+    main = workflow.is_main_process
+    seen = scans.Seen(Path(STATE, "scans"), again=main and CONFIG.rescan, write=main and not workflow.dryrun)
+    return seen.facts(Path(folder), extensions, may_be_empty, logger.warning if main else logger.debug)
 
 
 def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False):
     """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings."""
-    return once_drawn(folder, lambda wildcards: folder_facts(folder, extensions, may_be_empty).digest)
+    return once_drawn(
+        folder, lambda wildcards: folder_facts(folder, extensions, may_be_empty).digest if folder else None
+    )
 
 
 class ShardedFolder:
     """A folder of images in append-only shards: scanned once by the main process, read by its jobs.
 
-    `digest` and `ignored` are params functions; `expand(pattern)` is an input function.
+    `digest` and `ignored` are params functions; `expand(pattern)` is an input function. `inspected` is the folder of
+    the shards' tables (columns path, sha256).
     """
 
-    def __init__(self, pipeline, folder, per_shard):
-        self.folder, self.per_shard = folder, per_shard
+    def __init__(self, pipeline, folder, per_shard, inspected):
+        self.folder, self.per_shard, self.inspected = folder, per_shard, Path(inspected)
         self.table = f"{STATE}/{pipeline}/shards.parquet"
         self.digest = once_drawn(folder, lambda wildcards: self.now().digest(wildcards.shard))
         self.ignored = once_drawn(folder, lambda wildcards: self.now().ignored)
-        self.count = once_drawn(folder, lambda wildcards: len(self.now().items(wildcards.shard)))
+        self.count = once_drawn(folder, lambda wildcards: len(self.now().rows(wildcards.shard)))
 
     @functools.cache
     def now(self):
-        if workflow.is_main_process:
-            return refresh(Path(self.table), Path(self.folder), EXTENSIONS, self.per_shard, not workflow.dryrun)
-        return ShardTable.load(Path(self.table))
+        table, folder, write = Path(self.table), Path(self.folder), not workflow.dryrun
+        if not workflow.is_main_process:
+            return ShardTable.load(table)
+        found = None if CONFIG.rescan or CONFIG.rehash else last(table, logger.warning)
+        if found is None:
+            made = self.inspected.glob("s*.parquet")
+            found = refresh(table, folder, EXTENSIONS, self.per_shard, write, made, logger.warning)
+        if CONFIG.rehash:
+            found = rehash.mark_changed(found, table, folder, self.inspected, write, logger.warning)
+        return found
 
     def expand(self, pattern):
         def paths(wildcards):
@@ -459,6 +474,16 @@ class ShardedFolder:
 def of_shard(path):
     """An output for each shard that can be made anew; it goes once it is read, if the user wants the room."""
     return path if CONFIG.keep_shards else temp(path)
+
+
+def kept(step):
+    """A params function: the option that keeps a shard's results by item, unless the user wants the room."""
+
+    def option(wildcards, output):
+        place = "/".join([STATE, step, *([wildcards.variant] if "variant" in wildcards.keys() else [])])
+        return f"--state-folder {shlex.quote(place)}" if CONFIG.keep_shards else ""
+
+    return option
 
 
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
@@ -554,6 +579,7 @@ onstart:
 
 onsuccess:
     spent.sweep(Path(STATE))
+    reshard.sweep(Path(STATE))
     or_stop(records.keep, Path(RESULTS), METADATA)
     if workflow.is_main_process:
         describe_results()

@@ -29,7 +29,7 @@ threshold, accept, select, audit, evaluate. What leads to the classifier has pri
 
 VASE = f"{RESULTS}/vase"
 VASE_RUNS = Runs("vase")
-VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard)
+VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard, f"{VASE}/inspect_images")
 VASE_BACKBONES = {name: one.vase.classifier.weights for name, one in VASE_RUNS.configs.items()}
 VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")
 
@@ -52,6 +52,7 @@ rule vase_inspect_images:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
+        kept=kept("vase/inspect_images"),
         shard_table=outside(VASE_SHARDS.table),
         settings=numerics("vase.inspect"),
         code=code_key("scripts.vase.inspect_images"),
@@ -63,6 +64,7 @@ rule vase_inspect_images:
         " --images {params.images:q}"
         " --shard-table {params.shard_table:q}"
         " --shard {wildcards.shard}"
+        " {params.kept}"
         " --output {output.table:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
@@ -319,6 +321,7 @@ rule vase_classify_images:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
+        kept=kept("vase/classify_images"),
         execution=outside(execution("vase.classify")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
@@ -331,6 +334,7 @@ rule vase_classify_images:
         " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --classifier {input.classifier:q}"
+        " {params.kept}"
         " --output {output.table:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -400,6 +404,7 @@ rule vase_embed_images:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
+        kept=kept("vase/embed_images"),
         execution=outside(execution("vase.clip")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
@@ -413,6 +418,7 @@ rule vase_embed_images:
         " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --model {params.model:q}"
+        " {params.kept}"
         " --output {output.embeddings:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"

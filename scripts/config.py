@@ -90,6 +90,8 @@ class Config(Settings):
     allow_retrain: str | None = execution(
         None, description="training rules that may run again all the same, parted by commas, or `all`"
     )
+    rescan: bool = execution(True, description="false: take folders as the last scan saw them, on slow shared disks")
+    rehash: bool = execution(False, description="true: read all images anew, to find changes that kept size and mtime")
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()

@@ -15,7 +15,8 @@ from typing import Any
 from scripts.busi.settings import BusiSettings
 from scripts.coca.settings import CocaSettings
 from scripts.common import model_size
-from scripts.common.disk import Facts, Need
+from scripts.common.disk import Need
+from scripts.common.scans import Facts
 from scripts.config import Config
 from scripts.rae.settings import VALIDATION, DecoderSettings
 from scripts.vase.settings import SwiftTrainSettings

@@ -4,7 +4,6 @@ Two folders share a filesystem if they have the same st_dev, whatever their path
 says (statvfs): a quota of a project or a user, which it may not know of, is not looked at.
 """
 
-import collections
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -12,23 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scripts.common.errors import KilnError
-from scripts.common.shards import Item, ShardTable
 
 CAN = "cannot be reached"
-
-
-class Facts(NamedTuple):
-    """What files come to: hex sha256 of names, sizes and mtimes, bytes, and how many lie in each top folder."""
-
-    digest: str
-    bytes: int
-    tops: dict[str, int]
-
-
-def facts(items: list[Item]) -> Facts:
-    """The facts of files; one that lies in no folder counts under the empty name."""
-    tops = collections.Counter(item.path.rpartition("/")[0].partition("/")[0] for item in items)
-    return Facts(ShardTable({"all": items}).digest("all"), sum(item.size for item in items), dict(tops))
 
 
 class Need(NamedTuple):
