@@ -28,9 +28,7 @@ include: "rules/rae.smk"
 include: "rules/coca.smk"
 include: "rules/biomedica.smk"
 include: "rules/report.smk"
-
-
-key_environments()
+include: "rules/guards.smk"
 
 
 localrules:

@@ -3,7 +3,7 @@ What every other .smk file shares: configuration, the command prefix of steps, r
 
 REQUIRED INPUTS: none; config/config.yaml of the working directory is read if it is there.
 
-OUTPUTS: {results}/config.yaml, the resolved configuration of this run.
+OUTPUTS: none; rules/guards.smk has what happens around the jobs.
 
 Steps are called as `{params.step} scripts.<pipeline>.<step>`, from any working directory and from a
 `module:`. A rule's params record only the numerics that its step reads and its code key; execution
@@ -26,34 +26,15 @@ if ROOT not in sys.path:
 import yaml
 from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.logging import logger
-from snakemake.settings.types import DeploymentMethod, RerunTrigger
+from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
 from scripts import needs
-from scripts.common import (
-    accept,
-    cluster_guard,
-    disk,
-    edited,
-    file_times,
-    locks,
-    moments,
-    prune,
-    records,
-    rehash,
-    reshard,
-    retrain,
-    scans,
-    sizes,
-    spent,
-    variants,
-)
+from scripts.common import disk, rehash, retrain, scans, variants
 from scripts.common import code_key as code_keys
 from scripts.common import settings as kiln_settings
-from scripts.common.artefacts import sha256_file, write_text
-from scripts.common.env_key import env_key
+from scripts.common.artefacts import sha256_file
 from scripts.common.errors import KilnError
-from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
 from scripts.common.shards import ShardTable, last, refresh
 from scripts.retrieve.models import read_table as read_models
@@ -67,21 +48,13 @@ def or_stop(function, *arguments):
         raise WorkflowError(str(error)) from None
 
 
-FAILURES = Watch()
-if workflow.is_main_process:
-    logger.addHandler(FAILURES)
-
 CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"))
 RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 STATE = f"{RESULTS}/state"
-METADATA = Path(".snakemake/metadata")
 MODELS_TABLE = f"{ROOT}/config/models.csv"
 MODELS = or_stop(read_models, Path(MODELS_TABLE))
-if workflow.is_main_process:
-    or_stop(records.take_over, Path(RESULTS), METADATA)
-
 IN_ENVIRONMENT = {DeploymentMethod.CONDA, DeploymentMethod.APPTAINER} & set(
     workflow.deployment_settings.deployment_method
 )
@@ -95,38 +68,12 @@ if "SLURM_JOB_ID" in os.environ:
     shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 
-TRAININGS = (
-    "vase_train_classifier",
-    "vase_train_sft",
-    "vase_train_grpo",
-    "busi_train_lora",
-    "coca_train",
-    "rae_train_autoencoder",
-    "biomedica_train_clip",
-)
 CODES = retrain.Codes(Path(RESULTS, "code"))
 
 
 def code_key(*modules):
     """The code key of a rule that keys `modules`."""
     return CODES.note(code_keys.code_key(*modules), modules)
-
-
-def look_at_plan():
-    """Before any job, and in dry runs: keep what `make accept` names, else guard finished trainings."""
-    plan = retrain.Plan(workflow, CODES)
-    if accept.VARIABLE in os.environ:
-        accept.accept(plan, os.environ[accept.VARIABLE], retrain.at_exit)
-    else:
-        retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
-        if CONFIG.check_disk:
-            check_disk()
-        if not workflow.dryrun:
-            CODES.keep()
-
-
-if workflow.is_main_process:
-    logger.addHandler(retrain.WhenPlanned(look_at_plan))
 
 
 def _of_kind(config, kind, place, places):
@@ -332,13 +279,6 @@ def disk_mb(rule, *alike, measure=None):
     return lambda wildcards: sum(one.bytes or 0 for one in needed(wildcards)) // 10**6
 
 
-def check_disk():
-    """Stop, or warn in a dry run, if a disk lacks room for what the jobs that will run write."""
-    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name in WRITES]
-    asked = ((job.rule.name, need) for job in jobs for need in WRITES[job.rule.name](job.wildcards))
-    disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
-
-
 def model_files(name, *files):
     """What a rule that uses a model waits for; `files` are those of a model given by its path."""
     if name in MODELS:
@@ -480,113 +420,7 @@ def kept(step):
     """A params function: the option that keeps a shard's results by item, unless the user wants the room."""
 
     def option(wildcards, output):
-        place = "/".join([STATE, step, *([wildcards.variant] if "variant" in wildcards.keys() else [])])
-        return f"--state-folder {shlex.quote(place)}" if CONFIG.keep_shards else ""
+        place = Path(STATE, step, wildcards.get("variant", ""))
+        return f"--state-folder {shlex.quote(str(place))}" if CONFIG.keep_shards else ""
 
     return option
-
-
-CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
-
-
-@functools.cache
-def own_results():
-    """Be the only run that writes in the results folder, until this process ends."""
-    CONTROLLER.enter_context(locks.writer_lock(Path(RESULTS), "snakemake", mode=0o666))
-
-
-def refuse_edited():
-    """Stop before the first job if one would read a result that was changed by hand."""
-    planned = list(workflow.dag.needrun_jobs())
-    remade = {file for job in planned for file in job.output}
-    edited.refuse(Path(file) for file in sorted({file for job in planned for file in job.input} - remade))
-
-
-def set_future_times():
-    """After a clock has jumped back, have nothing lie in the future that jobs of this run are made from."""
-    ours = {file for job in workflow.dag.jobs for file in [*job.output, *filter(None, [job.benchmark])]}
-    theirs = {file for job in workflow.dag.needrun_jobs() for file in job.input} - ours
-    file_times.bring_back_from_future(map(Path, ours), map(Path, theirs))
-
-
-def forget_places_of_environments():
-    """Have no rule rerun because conda is switched on or off, or an environment lies elsewhere; see `key_environments`."""
-    workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
-
-
-if workflow.is_main_process:
-    logger.addHandler(moments.At(moments.PLANNED, lambda: or_stop(refuse_edited)))
-    if workflow.modifier.parent_modifier is None:  # in a module, the other rules are not ours
-        logger.addHandler(moments.At(moments.STARTED, forget_places_of_environments))
-
-
-def guard_cluster():
-    """Stop before the first job is submitted to Slurm if another controller, its jobs or the profile are in the way."""
-    directory, options = Path.cwd(), workflow.executor_settings
-    CONTROLLER.enter_context(cluster_guard.only_controller(directory, "snakemake"))
-    cluster_guard.refuse_leftovers(directory, Path(workflow.workdir_init))
-    defaults = workflow.resource_settings.default_resources
-    stated = {name: str(defaults[name].raw) for name in ("slurm_account", "slurm_partition") if name in defaults}
-    plain = {name: value for name, value in stated.items() if re.fullmatch(r"[\w.,-]+", value)}  # no expressions
-    account = None if options.no_account else plain.get("slurm_account")
-    file = options.partition_config
-    table = yaml.safe_load(Path(workflow.workdir_init, file).read_text())["partitions"] if file else {}
-    cluster_guard.check_profile(account, [*table, *filter(None, [plain.get("slurm_partition")])])
-    if options.status_command == "squeue":
-        cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
-
-
-def record_finished():
-    """Have Snakemake record the jobs that ended well without a controller, so that later changes rerun them."""
-    for job in workflow.dag.jobs:
-        if job.output and not workflow.dag.needrun(job) and not workflow.persistence.has_metadata(job):
-            if retrain.made_as_now(job):
-                workflow.async_run(workflow.persistence.finished(job))
-
-
-def describe_results():
-    """Keep which folders variants name, and write {results}/README.md."""
-    made = [str(path) for rule in workflow.rules for path in [*rule.output, *rule.log, rule.benchmark] if path]
-    below = [path.removeprefix(f"{RESULTS}/") for path in made if path.startswith(f"{RESULTS}/")]
-    try:
-        prune.remember_variants(Path(RESULTS), below)
-        text = Path(ROOT, "docs/results.md").read_text(encoding="utf-8")
-        sizes.write_readme(Path(RESULTS), text, kiln_config.current_runs([CONFIG]))
-    except (KilnError, OSError) as error:  # of a disk that is full, say: the run itself ended well
-        logger.warning(f"{RESULTS}/README.md is not up to date: {error}")
-
-
-def key_environments():
-    """Have every rule rerun when a package of its environment changes, with conda or without.
-
-    Snakemake's own trigger compares environments with their place on this machine, and only where conda is in use.
-    """
-    for one in workflow.rules:
-        file = os.path.normpath(os.path.join(str(one.basedir), str(one.conda_env))) if one.conda_env else ""
-        if os.path.dirname(file) == os.path.join(ROOT, "envs"):
-            one.set_params(environment=env_key(Path(file)))
-
-
-onstart:
-    if workflow.is_main_process:
-        or_stop(own_results)
-        or_stop(set_future_times)
-    if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
-        or_stop(guard_cluster)
-        record_finished()
-    write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
-
-
-onsuccess:
-    spent.sweep(Path(STATE))
-    reshard.sweep(Path(STATE))
-    or_stop(records.keep, Path(RESULTS), METADATA)
-    if workflow.is_main_process:
-        describe_results()
-
-
-onerror:
-    spent.sweep(Path(STATE))
-    if FAILURES.failed:
-        logger.error(f"\n{FAILURES.report(Path.cwd())}\n")
-    or_stop(records.keep, Path(RESULTS), METADATA)

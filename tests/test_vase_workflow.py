@@ -292,7 +292,7 @@ def test_changed_images_alone_are_computed_and_tables_equal_those_from_scratch(f
 
     (run / "results/state/vase/shards.parquet").unlink()
     done = workflow.run(checkout, run, "vase_images", "--dry-run")
-    assert workflow.count_jobs(done.stdout + done.stderr).keys() <= FILTER
+    assert workflow.count_jobs(done.stdout + done.stderr).keys() <= VASE_FILTER
     assert "made anew from the tables of" in done.stdout + done.stderr
     (run / "results/state/vase/shards.parquet").write_bytes(b"PAR1 edited by hand PAR1")
     (images / "one more.jpg").write_bytes(data)

@@ -3,12 +3,20 @@
 import logging
 from collections.abc import Callable
 
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
+from snakemake.exceptions import CliException
+
+from scripts.common.errors import KilnError
+
 STARTED = "workflow_started"  # the rules are read, the plan is not made
-PLANNED = "run_info"  # the plan is made, no job has started
+PLANNED = "run_info"  # the plan is made, no job has started; also if there is nothing to do
 
 
 class At(logging.Handler):
-    """Added to Snakemake's logger, it calls a function once, at a moment; what that raises ends the run."""
+    """Added to Snakemake's logger, it calls a function once, at a moment.
+
+    What that raises ends the run; a KilnError by its message and hint.
+    """
 
     def __init__(self, moment: str, function: Callable[[], None]) -> None:
         super().__init__()
@@ -17,6 +25,12 @@ class At(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take note of one record of Snakemake's."""
-        if str(vars(record).get("event")) == self._moment and self._function:
+        now = str(vars(record).get("event"))
+        if self._moment == PLANNED and record.msg == NOTHING_TO_BE_DONE_MSG:
+            now = PLANNED
+        if now == self._moment and self._function:
             function, self._function = self._function, None
-            function()
+            try:
+                function()
+            except KilnError as error:
+                raise CliException(str(error)) from None  # of Snakemake's errors the one without lines of a traceback

@@ -1,20 +1,15 @@
 """The retrain guard: which finished trainings a run would make again, why, and what they cost.
 
 A training is finished while the record beside its results, its meta.json, stands. A dry run ends with a table of those
-that would run again; a real one stops before any job if one of them is dear. Snakemake calls no hook in a dry run, so
-the guard listens to its log, in which a plan that is ready shows.
+that would run again; a real one stops before any job if one of them is dear.
 """
 
 import atexit
 import contextlib
 import json
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from snakemake.common import NOTHING_TO_BE_DONE_MSG
-from snakemake.exceptions import CliException
 
 from scripts.common.artefacts import recorded_hash, sha256_file, sha256_text, write_text
 from scripts.common.code_key import module_keys
@@ -25,29 +20,6 @@ ALL = "all"
 WIDTH = 110  # of a reason
 CAUSES = 4  # of a remade input that are named
 HASHED_BYTES = 64 * 2**20  # an input up to this size is read to see whether it really differs
-
-_PLAN = "run_info"  # the event with which Snakemake tells of a plan, before its first job
-
-
-class WhenPlanned(logging.Handler):
-    """Calls `act` once Snakemake has planned its jobs, before it runs any: in real runs and in dry ones.
-
-    To be added to Snakemake's logger. A KilnError of `act` ends the run with its message and hint.
-    """
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        super().__init__()
-        self.act, self.done = act, False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Look at one record of Snakemake's."""
-        planned = str(getattr(record, "event", "")) == _PLAN or record.msg == NOTHING_TO_BE_DONE_MSG
-        if planned and not self.done:
-            self.done = True
-            try:
-                self.act()
-            except KilnError as error:
-                raise CliException(str(error)) from None  # of Snakemake's errors the one without lines of a traceback
 
 
 class Redone(NamedTuple):

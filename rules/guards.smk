@@ -1,0 +1,173 @@
+"""
+What happens before, after and around the jobs: the plan is looked at, results are guarded and described.
+
+REQUIRED INPUTS: none.
+
+OUTPUTS:
+    {results}/config.yaml     the resolved configuration of the last run
+    {results}/code/           which modules the code keys of a run stand for
+    {results}/records/        what Snakemake knows of the results, for copies and other users
+    {results}/README.md       the tree, and its sizes
+
+STEPS: take over a copied folder, look at the plan (in dry runs too), own the results, run, record, describe.
+"""
+
+from snakemake.settings.types import RerunTrigger
+
+from scripts.common import (
+    accept,
+    cluster_guard,
+    edited,
+    file_times,
+    locks,
+    moments,
+    prune,
+    records,
+    reshard,
+    sizes,
+    spent,
+)
+from scripts.common.artefacts import write_text
+from scripts.common.env_key import env_key
+from scripts.common.failures import Watch
+
+METADATA = Path(".snakemake/metadata")
+TRAININGS = (
+    "vase_train_classifier",
+    "vase_train_sft",
+    "vase_train_grpo",
+    "busi_train_lora",
+    "coca_train",
+    "rae_train_autoencoder",
+    "biomedica_train_clip",
+)
+CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
+FAILURES = Watch()
+
+
+def refuse_edited():
+    """Stop before the first job if one would read a result that was changed by hand."""
+    planned = list(workflow.dag.needrun_jobs())
+    remade = {file for job in planned for file in job.output}
+    edited.refuse(Path(file) for file in sorted({file for job in planned for file in job.input} - remade))
+
+
+def check_disk():
+    """Stop, or warn in a dry run, if a disk lacks room for what the jobs that will run write."""
+    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name in WRITES]
+    asked = ((job.rule.name, need) for job in jobs for need in WRITES[job.rule.name](job.wildcards))
+    disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
+
+
+def look_at_plan():
+    """Before any job, and in dry runs: keep what `make accept` names, else guard finished trainings."""
+    plan = retrain.Plan(workflow, CODES)
+    refuse_edited()
+    if accept.VARIABLE in os.environ:
+        accept.accept(plan, os.environ[accept.VARIABLE], retrain.at_exit)
+        records.keep(Path(RESULTS), METADATA)
+    else:
+        retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
+        if CONFIG.check_disk:
+            check_disk()
+        if not workflow.dryrun:
+            CODES.keep()
+
+
+@functools.cache
+def own_results():
+    """Be the only run that writes in the results folder, until this process ends."""
+    CONTROLLER.enter_context(locks.writer_lock(Path(RESULTS), "snakemake", mode=0o666))
+
+
+def set_future_times():
+    """After a clock has jumped back, have nothing lie in the future that jobs of this run are made from."""
+    ours = {file for job in workflow.dag.jobs for file in [*job.output, *filter(None, [job.benchmark])]}
+    theirs = {file for job in workflow.dag.needrun_jobs() for file in job.input} - ours
+    file_times.bring_back_from_future(map(Path, ours), map(Path, theirs))
+
+
+def guard_cluster():
+    """Stop before the first job is submitted to Slurm if another controller, its jobs or the profile are in the way."""
+    directory, options = Path.cwd(), workflow.executor_settings
+    CONTROLLER.enter_context(cluster_guard.only_controller(directory, "snakemake"))
+    cluster_guard.refuse_leftovers(directory, Path(workflow.workdir_init))
+    defaults = workflow.resource_settings.default_resources
+    stated = {name: str(defaults[name].raw) for name in ("slurm_account", "slurm_partition") if name in defaults}
+    plain = {name: value for name, value in stated.items() if re.fullmatch(r"[\w.,-]+", value)}  # no expressions
+    account = None if options.no_account else plain.get("slurm_account")
+    file = options.partition_config
+    table = yaml.safe_load(Path(workflow.workdir_init, file).read_text())["partitions"] if file else {}
+    cluster_guard.check_profile(account, [*table, *filter(None, [plain.get("slurm_partition")])])
+    if options.status_command == "squeue":
+        cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
+
+
+def record_finished():
+    """Have Snakemake record the jobs that ended well without a controller, so that later changes rerun them."""
+    for job in workflow.dag.jobs:
+        if job.output and not workflow.dag.needrun(job) and not workflow.persistence.has_metadata(job):
+            if retrain.made_as_now(job):
+                workflow.async_run(workflow.persistence.finished(job))
+
+
+def describe_results():
+    """Keep which folders variants name, and write {results}/README.md."""
+    made = [str(path) for rule in workflow.rules for path in [*rule.output, *rule.log, rule.benchmark] if path]
+    below = [path.removeprefix(f"{RESULTS}/") for path in made if path.startswith(f"{RESULTS}/")]
+    try:
+        prune.remember_variants(Path(RESULTS), below)
+        text = Path(ROOT, "docs/results.md").read_text(encoding="utf-8")
+        sizes.write_readme(Path(RESULTS), text, kiln_config.current_runs([CONFIG]))
+    except (KilnError, OSError) as error:  # of a disk that is full, say: the run itself ended well
+        logger.warning(f"{RESULTS}/README.md is not up to date: {error}")
+
+
+def forget_places_of_environments():
+    """Have no rule rerun because conda is switched on or off, or an environment lies elsewhere; see `key_environments`."""
+    workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
+
+
+def key_environments():
+    """Have every rule rerun when a package of its environment changes, with conda or without.
+
+    Snakemake's own trigger compares environments with their place on this machine, and only where conda is in use.
+    """
+    for one in workflow.rules:
+        file = os.path.normpath(os.path.join(str(one.basedir), str(one.conda_env))) if one.conda_env else ""
+        if os.path.dirname(file) == os.path.join(ROOT, "envs"):
+            one.set_params(environment=env_key(Path(file)))
+
+
+key_environments()
+if workflow.is_main_process:
+    logger.addHandler(FAILURES)
+    or_stop(records.take_over, Path(RESULTS), METADATA)
+    logger.addHandler(moments.At(moments.PLANNED, look_at_plan))
+    if workflow.modifier.parent_modifier is None:  # in a module, the other rules are not ours
+        logger.addHandler(moments.At(moments.STARTED, forget_places_of_environments))
+
+
+onstart:
+    if workflow.is_main_process:
+        or_stop(own_results)
+        or_stop(set_future_times)
+    if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
+        or_stop(guard_cluster)
+        record_finished()
+    write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
+
+
+onsuccess:
+    spent.sweep(Path(STATE))
+    reshard.sweep(Path(STATE))
+    or_stop(records.keep, Path(RESULTS), METADATA)
+    if workflow.is_main_process:
+        describe_results()
+
+
+onerror:
+    spent.sweep(Path(STATE))
+    if FAILURES.failed:
+        logger.error(f"\n{FAILURES.report(Path.cwd())}\n")
+    or_stop(records.keep, Path(RESULTS), METADATA)
