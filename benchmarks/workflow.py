@@ -26,7 +26,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", choices=PARTS, help="one of the two")
     made.add_argument("--images", type=int, default=100_000, help="of items")
-    made.add_argument("--images-per-shard", type=int, default=4096, help="of items")
+    made.add_argument("--images-per-shard", type=int, default=4096)
     made.add_argument("--scale", type=float, default=1.0, help="of plan: share of the published numbers of files")
     made.add_argument("--runs", type=int, default=5, help="with nothing to do, and of each plan")
     made.add_argument("--smallest", action="store_true", help="a trial of both parts that tells nothing about speed")

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from benchmarks.measure import ROOT
-from benchmarks.workflow_runs import Run, program
+from benchmarks.workflow_runs import ROOT, Run, program
 
 DVC = ROOT / ".venv-dvc/bin/dvc"
 STAGE = "stages:\n  list:\n    cmd: find data -type f | sort > listed.txt\n    deps: [data]\n    outs: [listed.txt]\n"

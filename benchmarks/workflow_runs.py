@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
-from benchmarks.measure import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Run(NamedTuple):
