@@ -19,6 +19,7 @@ SLIDES, SHARDS = 100_000, 2400
 LINKS = 60_000  # of one file; ext4 allows 65,000
 MOST_SECONDS, MOST_MB, MOST_JOBS = 30, 2000, 3000
 OF_SHARDS = ("vase_inspect_images", "vase_classify_images", "vase_embed_images")
+SETTING_CHANGED = ("--config", "rescan=false", "set=vase.prompts.positive=[one]")
 TARGETS = ("report", "vase")
 
 
@@ -103,6 +104,7 @@ def measure_plan(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     found["nothing to do"] = idle = repeat(args.runs, run)
     (run / "data" / view_of(0, VIEWS)).write_text("new")
     found["one image added, planned"] = repeat(args.runs, run, "--dry-run")
+    found["one setting changed, planned, rescan: false"] = repeat(args.runs, run, "--dry-run", *SETTING_CHANGED)
     if idle["jobs"]:
         raise SystemExit(f"{idle['jobs']} jobs ran although nothing had changed")
     return found
