@@ -10,11 +10,12 @@ OUTPUTS (below {results}/biomedica/):
     index_local/    index.parquet, shards.parquet, rejected.tsv, summary.json: what the local shards hold
     list_remote/    shards.parquet, summary.json: the repo's shards at a pinned revision
     hold_out/       validation.parquet, test.parquet, summary.json: pairs of articles that no training sees
-    plan/{arm}/     plan.json, plan.png: how many pairs from where, which shards for which epoch, bytes
-    train_clip/{arm}-{seed}/   model.safetensors (best by validation), last.safetensors, metrics.json, pictures
-    evaluate/       metrics.json, scores.png, retrieval.png, confusion.png, runs.png (with `compare_seeds`)
-    export/         model/: a folder that open_clip loads as local-dir:
-    describe_model/ README.md, the card
+  and for each run of a variant (`main` is the configuration itself; a training is shared by the runs of its variant):
+    plan/{variant}/{arm}/     plan.json, plan.png: how many pairs from where, which shards for which epoch, bytes
+    train_clip/{variant}/{arm}-{seed}/   model.safetensors (best by validation), last.safetensors, metrics.json, pictures
+    evaluate/{variant}/       metrics.json, scores.png, retrieval.png, confusion.png, runs.png (with `compare_seeds`)
+    export/{variant}/         model/: a folder that open_clip loads as local-dir:
+    describe_model/{variant}/ README.md, the card
 
 STEPS: index, list, hold out, plan, train (while streaming), evaluate, export, describe.
 
@@ -24,16 +25,18 @@ The arm `hybrid` trains on local and streamed pairs, `local` as many steps on lo
 from scripts.biomedica.settings import ARMS as BIOMEDICA_ARMS
 
 BIOMEDICA = f"{RESULTS}/biomedica"
+BIOMEDICA_RUNS = Runs("biomedica")
 BIOMEDICA_SHARDS = CONFIG.biomedica.shards
 BIOMEDICA_REPO = CONFIG.biomedica.remote.repo
 BIOMEDICA_LOCAL = f"--shards {shlex.quote(BIOMEDICA_SHARDS)}" if BIOMEDICA_SHARDS else ""
-BIOMEDICA_WEIGHTS = CONFIG.biomedica.model.weights
-BIOMEDICA_INIT = f"--weights {shlex.quote(model_folder(BIOMEDICA_WEIGHTS))}" if BIOMEDICA_WEIGHTS else ""
-BIOMEDICA_MAIN = f"hybrid-{CONFIG.biomedica.train.seed}"
-BIOMEDICA_RUNS = [f"{arm}-{seed}" for seed in CONFIG.biomedica.compare_seeds for arm in BIOMEDICA_ARMS]
+BIOMEDICA_SEEDS = [f"{arm}-{seed}" for seed in CONFIG.biomedica.compare_seeds for arm in BIOMEDICA_ARMS]
+BIOMEDICA_TRAINED = {
+    name: f"{BIOMEDICA}/train_clip/{BIOMEDICA_RUNS.variant_of[name]}/hybrid-{one.biomedica.train.seed}"
+    for name, one in BIOMEDICA_RUNS.configs.items()
+}
 BIOMEDICA_TRAIN_CLASS = "network" if BIOMEDICA_REPO else CONFIG.biomedica.resources
 BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
-BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_RUNS else ()))
+BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_SEEDS else ()))
 BIOMEDICA_DEMO = bool(served(BIOMEDICA_SHARDS, "any"))
 
 
@@ -100,7 +103,10 @@ rule biomedica_list_remote:
         hub=outside(endpoint(served(BIOMEDICA_SHARDS, "list_remote"))),
         index=subpath(input.index, parent=True),
         execution=outside(execution(remote="biomedica.remote")),
-        settings=numerics(remote="biomedica.remote", samples="biomedica.plan.samples"),
+        settings=changed(
+            numerics(remote="biomedica.remote"),
+            samples=max(one.biomedica.plan.samples for one in BIOMEDICA_RUNS.configs.values()),
+        ),
         code=code_key("scripts.biomedica.list_remote"),
     message:
         "List the shards of the repo"
@@ -163,19 +169,20 @@ rule biomedica_plan:
         index=rules.biomedica_index_local.output.index,
         remote=rules.biomedica_list_remote.output.shards,
     output:
-        plan=f"{BIOMEDICA}/plan/{{arm}}/plan.json",
+        plan=f"{BIOMEDICA}/plan/{{variant}}/{{arm}}/plan.json",
         picture=report(
-            f"{BIOMEDICA}/plan/{{arm}}/plan.png",
+            f"{BIOMEDICA}/plan/{{variant}}/{{arm}}/plan.png",
             caption="captions/biomedica_plan.rst",
             category="biomedica",
-            labels={"step": "plan", "picture": "{arm}"},
+            labels={"step": "plan", "variant": "{variant}", "picture": "{arm}"},
         ),
-        meta=f"{BIOMEDICA}/plan/{{arm}}/meta.json",
+        meta=f"{BIOMEDICA}/plan/{{variant}}/{{arm}}/meta.json",
     log:
-        f"{LOGS}/biomedica/plan/{{arm}}.log",
+        f"{LOGS}/biomedica/plan/{{variant}}/{{arm}}.log",
     benchmark:
-        f"{BENCHMARKS}/biomedica/plan/{{arm}}.tsv"
+        f"{BENCHMARKS}/biomedica/plan/{{variant}}/{{arm}}.tsv"
     wildcard_constraints:
+        variant=BIOMEDICA_RUNS.pattern,
         arm="|".join(BIOMEDICA_ARMS),
     conda:
         "../envs/vision.yaml"
@@ -186,10 +193,10 @@ rule biomedica_plan:
         step=outside(STEP),
         index=subpath(input.index, parent=True),
         remote=subpath(input.remote, parent=True),
-        settings=numerics(plan="biomedica.plan", held_out="biomedica.held_out"),
+        settings=BIOMEDICA_RUNS.numerics(plan="biomedica.plan", held_out="biomedica.held_out"),
         code=code_key("scripts.biomedica.plan"),
     message:
-        "Plan the {wildcards.arm} epochs"
+        "Plan the {wildcards.arm} epochs ({wildcards.variant})"
     shell:
         "{params.step} scripts.biomedica.plan"
         " --index {params.index:q}"
@@ -205,36 +212,41 @@ rule biomedica_plan:
 
 rule biomedica_train_clip:
     input:
-        hub=lambda wildcards: served(BIOMEDICA_SHARDS, f"train-{wildcards.seed}") if wildcards.arm == "hybrid" else [],
-        plan=rules.biomedica_plan.output.plan,
+        hub=lambda wildcards: (
+            served(BIOMEDICA_SHARDS, f"train-{wildcards.variant}-{wildcards.seed}")
+            if wildcards.arm == "hybrid"
+            else []
+        ),
+        plan=BIOMEDICA_RUNS.at("plan", rules.biomedica_plan.output.plan),
         index=rules.biomedica_index_local.output.index,
         remote=rules.biomedica_list_remote.output.shards,
         validation=rules.biomedica_hold_out.output.validation,
-        weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
+        weights=BIOMEDICA_RUNS.model_files("biomedica.model.weights"),
     output:
-        weights=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/model.safetensors",
-        last=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/last.safetensors",
-        metrics=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/metrics.json",
-        counts=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_index.parquet",
-        rejected=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/remote_rejected.tsv",
+        weights=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/model.safetensors",
+        last=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/last.safetensors",
+        metrics=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/metrics.json",
+        counts=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/remote_index.parquet",
+        rejected=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/remote_rejected.tsv",
         loss=report(
-            f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/loss.png",
+            f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/loss.png",
             caption="captions/biomedica_loss.rst",
             category="biomedica",
-            labels={"step": "train {arm} {seed}", "picture": "loss"},
+            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "loss"},
         ),
         retrieval=report(
-            f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/retrieval.png",
+            f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/retrieval.png",
             caption="captions/biomedica_retrieval.rst",
             category="biomedica",
-            labels={"step": "train {arm} {seed}", "picture": "retrieval"},
+            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "retrieval"},
         ),
-        meta=f"{BIOMEDICA}/train_clip/{{arm}}-{{seed}}/meta.json",
+        meta=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/meta.json",
     log:
-        f"{LOGS}/biomedica/train_clip/{{arm}}-{{seed}}.log",
+        f"{LOGS}/biomedica/train_clip/{{variant}}/{{arm}}-{{seed}}.log",
     benchmark:
-        f"{BENCHMARKS}/biomedica/train_clip/{{arm}}-{{seed}}.tsv"
+        f"{BENCHMARKS}/biomedica/train_clip/{{variant}}/{{arm}}-{{seed}}.tsv"
     wildcard_constraints:
+        variant="|".join(BIOMEDICA_RUNS.variant_of.values()),
         arm="|".join(BIOMEDICA_ARMS),
         seed=r"\d+",
     conda:
@@ -246,30 +258,30 @@ rule biomedica_train_clip:
         step=outside(STEP_ONLINE if BIOMEDICA_REPO else STEP),
         hub=lambda wildcards, input, output: endpoint(input.hub),
         shards=outside(BIOMEDICA_LOCAL),
-        init=outside(BIOMEDICA_INIT),
+        init=BIOMEDICA_RUNS.model_option("--weights", "biomedica.model.weights"),
         index=subpath(input.index, parent=True),
         remote=subpath(input.remote, parent=True),
         held_out=subpath(input.validation, parent=True),
-        execution=outside(execution(remote="biomedica.remote", train="biomedica.train")),
+        execution=BIOMEDICA_RUNS.execution(remote="biomedica.remote", train="biomedica.train"),
         device=outside(CONFIG.device),
         launcher=launcher(BIOMEDICA_TRAIN_CLASS),
-        state=lambda wildcards, output: f"{STATE}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
-        tracker=lambda wildcards, output: f"{LOGS}/biomedica/train_clip/{wildcards.arm}-{wildcards.seed}",
+        state=outside(f"{STATE}/biomedica/train_clip"),
+        tracker=outside(f"{LOGS}/biomedica/train_clip"),
         settings=lambda wildcards: changed(
-            numerics(
+            BIOMEDICA_RUNS.numerics(
                 index="biomedica.index",
                 remote="biomedica.remote",
                 held_out="biomedica.held_out",
                 plan="biomedica.plan",
                 model="biomedica.model",
                 train="biomedica.train",
-            ),
+            )(wildcards),
             train={"seed": int(wildcards.seed)},
         ),
         code=code_key(*BIOMEDICA_TRAIN_CODE),
         folder=subpath(output.weights, parent=True),
     message:
-        "Train the CLIP model on {wildcards.arm} data, seed {wildcards.seed}"
+        "Train the CLIP model on {wildcards.arm} data, seed {wildcards.seed} ({wildcards.variant})"
     shell:
         "{params.hub} {params.step} scripts.common.launch {params.launcher} -- scripts.biomedica.train_clip"
         " --plan {input.plan:q}"
@@ -278,8 +290,8 @@ rule biomedica_train_clip:
         " --remote {params.remote:q}"
         " --held-out {params.held_out:q}"
         " {params.init}"
-        " --state-folder {params.state:q}"
-        " --tracker-folder {params.tracker:q}"
+        " --state-folder {params.state:q}/{wildcards.variant}/{wildcards.arm}-{wildcards.seed}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}/{wildcards.arm}-{wildcards.seed}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -293,22 +305,27 @@ rule biomedica_train_clip:
 rule biomedica_evaluate:
     input:
         test=rules.biomedica_hold_out.output.test,
-        checkpoint=f"{BIOMEDICA}/train_clip/{BIOMEDICA_MAIN}/model.safetensors",
-        runs=expand(f"{BIOMEDICA}/train_clip/{{run}}/last.safetensors", run=BIOMEDICA_RUNS),
-        weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
+        checkpoint=lambda w: f"{BIOMEDICA_TRAINED[w.variant]}/model.safetensors",
+        runs=lambda w: expand(
+            f"{BIOMEDICA}/train_clip/{BIOMEDICA_RUNS.variant_of[w.variant]}/{{run}}/last.safetensors",
+            run=BIOMEDICA_SEEDS,
+        ),
+        weights=BIOMEDICA_RUNS.model_files("biomedica.model.weights"),
     output:
-        metrics=f"{BIOMEDICA}/evaluate/metrics.json",
+        metrics=f"{BIOMEDICA}/evaluate/{{variant}}/metrics.json",
         pictures=report(
-            [f"{BIOMEDICA}/evaluate/{name}.png" for name in BIOMEDICA_PICTURES],
+            [f"{BIOMEDICA}/evaluate/{{variant}}/{name}.png" for name in BIOMEDICA_PICTURES],
             caption="captions/biomedica_scores.rst",
             category="biomedica",
-            labels={"step": "evaluate", "picture": "scores"},
+            labels={"step": "evaluate", "variant": "{variant}", "picture": "scores"},
         ),
-        meta=f"{BIOMEDICA}/evaluate/meta.json",
+        meta=f"{BIOMEDICA}/evaluate/{{variant}}/meta.json",
     log:
-        f"{LOGS}/biomedica/evaluate.log",
+        f"{LOGS}/biomedica/evaluate/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/biomedica/evaluate.tsv"
+        f"{BENCHMARKS}/biomedica/evaluate/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=BIOMEDICA_RUNS.pattern,
     conda:
         "../envs/clip.yaml"
     threads: class_threads("gpu_single")
@@ -319,18 +336,18 @@ rule biomedica_evaluate:
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
         held_out=subpath(input.test, parent=True),
-        init=outside(BIOMEDICA_INIT),
+        init=BIOMEDICA_RUNS.model_option("--weights", "biomedica.model.weights"),
         runs=lambda wildcards, input: " ".join(
             [
-                *["--runs"][: len(BIOMEDICA_RUNS)],
-                *(f"{run}={shlex.quote(path)}" for run, path in zip(BIOMEDICA_RUNS, input.runs, strict=True)),
+                *["--runs"][: len(BIOMEDICA_SEEDS)],
+                *(f"{run}={shlex.quote(path)}" for run, path in zip(BIOMEDICA_SEEDS, input.runs, strict=True)),
             ]
         ),
-        settings=numerics(evaluate="biomedica.evaluate", model="biomedica.model"),
+        settings=BIOMEDICA_RUNS.numerics(evaluate="biomedica.evaluate", model="biomedica.model"),
         code=code_key("scripts.biomedica.evaluate"),
         folder=subpath(output.metrics, parent=True),
     message:
-        "Score retrieval and zero-shot classification"
+        "Score retrieval and zero-shot classification ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.biomedica.evaluate"
         " --held-out {params.held_out:q}"
@@ -349,14 +366,16 @@ rule biomedica_evaluate:
 rule biomedica_export:
     input:
         checkpoint=rules.biomedica_evaluate.input.checkpoint,
-        weights=model_folder_files(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else [],
+        weights=BIOMEDICA_RUNS.model_files("biomedica.model.weights"),
     output:
-        listing=f"{BIOMEDICA}/export/model/files.json",
-        meta=f"{BIOMEDICA}/export/meta.json",
+        listing=f"{BIOMEDICA}/export/{{variant}}/model/files.json",
+        meta=f"{BIOMEDICA}/export/{{variant}}/meta.json",
     log:
-        f"{LOGS}/biomedica/export.log",
+        f"{LOGS}/biomedica/export/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/biomedica/export.tsv"
+        f"{BENCHMARKS}/biomedica/export/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=BIOMEDICA_RUNS.pattern,
     conda:
         "../envs/clip.yaml"
     threads: class_threads("light")
@@ -364,11 +383,11 @@ rule biomedica_export:
         **class_resources("light"),
     params:
         step=outside(STEP),
-        init=outside(BIOMEDICA_INIT),
+        init=BIOMEDICA_RUNS.model_option("--weights", "biomedica.model.weights"),
         code=code_key("scripts.biomedica.export"),
         folder=subpath(output.listing, parent=True),
     message:
-        "Export the CLIP model for open_clip"
+        "Export the CLIP model for open_clip ({wildcards.variant})"
     shell:
         "{params.step} scripts.biomedica.export"
         " --checkpoint {input.checkpoint:q}"
@@ -383,20 +402,22 @@ rule biomedica_export:
 rule biomedica_describe_model:
     input:
         metrics=rules.biomedica_evaluate.output.metrics,
-        training=f"{BIOMEDICA}/train_clip/{BIOMEDICA_MAIN}/meta.json",
+        training=lambda w: f"{BIOMEDICA_TRAINED[w.variant]}/meta.json",
         index=rules.biomedica_index_local.output.summary,
         remote=rules.biomedica_list_remote.output.summary,
         held_out=rules.biomedica_hold_out.output.summary,
-        plan=expand(rules.biomedica_plan.output.plan, arm="hybrid"),
+        plan=lambda w: BIOMEDICA_RUNS.path("plan", rules.biomedica_plan.output.plan, variant=w.variant, arm="hybrid"),
         model=rules.biomedica_export.output.listing,
     output:
-        card=f"{BIOMEDICA}/describe_model/README.md",
-        model=f"{BIOMEDICA}/describe_model/model/files.json",
-        meta=f"{BIOMEDICA}/describe_model/meta.json",
+        card=f"{BIOMEDICA}/describe_model/{{variant}}/README.md",
+        model=f"{BIOMEDICA}/describe_model/{{variant}}/model/files.json",
+        meta=f"{BIOMEDICA}/describe_model/{{variant}}/meta.json",
     log:
-        f"{LOGS}/biomedica/describe_model.log",
+        f"{LOGS}/biomedica/describe_model/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/biomedica/describe_model.tsv"
+        f"{BENCHMARKS}/biomedica/describe_model/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=BIOMEDICA_RUNS.pattern,
     conda:
         "../envs/clip.yaml"
     threads: class_threads("light")
@@ -404,13 +425,15 @@ rule biomedica_describe_model:
         **class_resources("light"),
     params:
         step=outside(STEP),
-        base=model_card_options(BIOMEDICA_WEIGHTS) if BIOMEDICA_WEIGHTS else "",
+        base=lambda w: " ".join(
+            model_card_options(one) for one in [BIOMEDICA_RUNS.of(w).biomedica.model.weights] if one
+        ),
         demo="--demo" if BIOMEDICA_DEMO else "",
         model=subpath(input.model, parent=True),
         code=code_key("scripts.biomedica.describe_model"),
         folder=subpath(output.card, parent=True),
     message:
-        "Describe the CLIP model"
+        "Describe the CLIP model ({wildcards.variant})"
     shell:
         "{params.step} scripts.biomedica.describe_model"
         " --metrics {input.metrics:q}"
@@ -431,6 +454,9 @@ rule biomedica_describe_model:
 
 rule biomedica:
     input:
-        rules.biomedica_evaluate.output.metrics,
-        rules.biomedica_export.output.listing,
-        rules.biomedica_describe_model.output.card,
+        BIOMEDICA_RUNS.all(
+            "train",
+            rules.biomedica_evaluate.output.metrics,
+            rules.biomedica_export.output.listing,
+            rules.biomedica_describe_model.output.card,
+        ),

@@ -12,17 +12,19 @@ OUTPUTS (below {results}/busi/):
     split/                 splits.csv: a side for each image, whole duplicate groups; left_out.tsv
     audit_split/{split}/   leakage_report.json of our split and of published ones
     build_conversations/   chat rows (.jsonl) and published rows (.json) of each side
-    train_lora/{method}/   final_model/ (adapter, tokenizer, processor), metrics.json, loss.png
-    merge/{method}/        model/ (merged weights), parity.json
-    predict/{model}/       predictions.csv of the test side, by base and merged models
-    evaluate/              metrics.json, confusion.png, calibration.png
-    describe_model/{method}/  README.md, the model card
+  and for each run of a variant (`main` is the configuration itself; base is predicted once, as main's):
+    train_lora/{variant}/{method}/   final_model/ (adapter, tokenizer, processor), metrics.json, loss.png
+    merge/{variant}/{method}/        model/ (merged weights), parity.json
+    predict/{variant}/{model}/       predictions.csv of the test side, by base and merged models
+    evaluate/{variant}/              metrics.json, confusion.png, calibration.png
+    describe_model/{variant}/{method}/  README.md, the model card
 
 STEPS: list, find duplicates, split, audit, build conversations, train (LoRA, QLoRA), merge, predict, evaluate,
 describe.
 """
 
 BUSI = f"{RESULTS}/busi"
+BUSI_RUNS = Runs("busi")
 BUSI_SPLIT = CONFIG.busi.conversations.split
 BUSI_USED = "ours" if BUSI_SPLIT == "ours" else "published"
 BUSI_SPLITS = {  # option: file of each split that is audited or used
@@ -38,7 +40,7 @@ BUSI_MODELS = ["base", *CONFIG.busi.methods]
 BUSI_BASE = model_folder(CONFIG.busi.base.model)
 BUSI_ENV = {"qwen": "vlm", "hulumed": "hulumed"}[CONFIG.busi.base.family]
 BUSI_DEEPSPEED_ENV = {"qwen": "deepspeed", "hulumed": "hulumed_deepspeed"}[CONFIG.busi.base.family]
-BUSI_TRAIN_ENV = BUSI_ENV if CONFIG.busi.train.deepspeed == "none" else BUSI_DEEPSPEED_ENV
+BUSI_TRAIN_ENV = BUSI_ENV if BUSI_RUNS.agreed("busi.train.deepspeed") == "none" else BUSI_DEEPSPEED_ENV
 BUSI_TRAIN_CODE = (
     "scripts.common.devices",
     "scripts.common.vlm",
@@ -266,22 +268,23 @@ rule busi_train_lora:
         train=rules.busi_build_conversations.output.train,
         validation=rules.busi_build_conversations.output.validation,
         base=model_folder_files(CONFIG.busi.base.model),
-        init=[f"{CONFIG.busi.train.init_from}/adapter_model.safetensors"] if CONFIG.busi.train.init_from else [],
+        init=lambda w: [f"{one}/adapter_model.safetensors" for one in [BUSI_RUNS.of(w).busi.train.init_from] if one],
     output:
-        listing=f"{BUSI}/train_lora/{{method}}/final_model/files.json",
-        metrics=f"{BUSI}/train_lora/{{method}}/metrics.json",
+        listing=f"{BUSI}/train_lora/{{variant}}/{{method}}/final_model/files.json",
+        metrics=f"{BUSI}/train_lora/{{variant}}/{{method}}/metrics.json",
         loss=report(
-            f"{BUSI}/train_lora/{{method}}/loss.png",
+            f"{BUSI}/train_lora/{{variant}}/{{method}}/loss.png",
             caption="captions/busi_loss.rst",
             category="busi",
-            labels={"step": "train_lora", "picture": "loss", "method": "{method}"},
+            labels={"step": "train_lora", "variant": "{variant}", "picture": "loss", "method": "{method}"},
         ),
-        meta=f"{BUSI}/train_lora/{{method}}/meta.json",
+        meta=f"{BUSI}/train_lora/{{variant}}/{{method}}/meta.json",
     log:
-        f"{LOGS}/busi/train_lora/{{method}}.log",
+        f"{LOGS}/busi/train_lora/{{variant}}/{{method}}.log",
     benchmark:
-        f"{BENCHMARKS}/busi/train_lora/{{method}}.tsv"
+        f"{BENCHMARKS}/busi/train_lora/{{variant}}/{{method}}.tsv"
     wildcard_constraints:
+        variant=BUSI_RUNS.pattern,
         method="lora|qlora",
     conda:
         f"../envs/{BUSI_TRAIN_ENV}.yaml"
@@ -292,16 +295,16 @@ rule busi_train_lora:
         step=outside(STEP),
         images=outside(CONFIG.busi.images),
         base=outside(BUSI_BASE),
-        execution=outside(execution(train="busi.train")),
+        execution=BUSI_RUNS.execution(train="busi.train"),
         device=outside(CONFIG.device),
         launcher=launcher(CONFIG.busi.resources),
         state=outside(f"{STATE}/busi/train_lora"),
         tracker=outside(f"{LOGS}/busi/train_lora"),
-        settings=numerics(base="busi.base", lora="busi.lora", train="busi.train"),
+        settings=BUSI_RUNS.numerics(base="busi.base", lora="busi.lora", train="busi.train"),
         code=code_key(*BUSI_TRAIN_CODE),
         folder=subpath(output.meta, parent=True),
     message:
-        "Fine-tune by {wildcards.method}"
+        "Fine-tune by {wildcards.method} ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.busi.train_lora"
         " --method {wildcards.method}"
@@ -309,8 +312,8 @@ rule busi_train_lora:
         " --images {params.images:q}"
         " --train {input.train:q}"
         " --validation {input.validation:q}"
-        " --state-folder {params.state:q}/{wildcards.method}"
-        " --tracker-folder {params.tracker:q}/{wildcards.method}"
+        " --state-folder {params.state:q}/{wildcards.variant}/{wildcards.method}"
+        " --tracker-folder {params.tracker:q}/{wildcards.variant}/{wildcards.method}"
         " --output-folder {params.folder:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -327,14 +330,15 @@ rule busi_merge:
         prompts=rules.busi_build_conversations.output.validation,
         base=model_folder_files(CONFIG.busi.base.model),
     output:
-        listing=f"{BUSI}/merge/{{method}}/model/files.json",
-        parity=f"{BUSI}/merge/{{method}}/parity.json",
-        meta=f"{BUSI}/merge/{{method}}/meta.json",
+        listing=f"{BUSI}/merge/{{variant}}/{{method}}/model/files.json",
+        parity=f"{BUSI}/merge/{{variant}}/{{method}}/parity.json",
+        meta=f"{BUSI}/merge/{{variant}}/{{method}}/meta.json",
     log:
-        f"{LOGS}/busi/merge/{{method}}.log",
+        f"{LOGS}/busi/merge/{{variant}}/{{method}}.log",
     benchmark:
-        f"{BENCHMARKS}/busi/merge/{{method}}.tsv"
+        f"{BENCHMARKS}/busi/merge/{{variant}}/{{method}}.tsv"
     wildcard_constraints:
+        variant=BUSI_RUNS.pattern,
         method="lora|qlora",
     conda:
         f"../envs/{BUSI_ENV}.yaml"
@@ -352,7 +356,7 @@ rule busi_merge:
         adapter=subpath(input.adapter, parent=True),
         folder=subpath(output.meta, parent=True),
     message:
-        "Merge the adapter of {wildcards.method} and check that nothing changed"
+        "Merge the adapter of {wildcards.method} ({wildcards.variant}) and check that nothing changed"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.busi.merge"
         " --base {params.base:q}"
@@ -374,16 +378,17 @@ rule busi_predict:
         model=lambda w: (
             model_folder_files(CONFIG.busi.base.model)
             if w.model == "base"
-            else [f"{BUSI}/merge/{w.model}/model/files.json"]
+            else [f"{BUSI}/merge/{w.variant}/{w.model}/model/files.json"]
         ),
     output:
-        predictions=f"{BUSI}/predict/{{model}}/predictions.csv",
-        meta=f"{BUSI}/predict/{{model}}/meta.json",
+        predictions=f"{BUSI}/predict/{{variant}}/{{model}}/predictions.csv",
+        meta=f"{BUSI}/predict/{{variant}}/{{model}}/meta.json",
     log:
-        f"{LOGS}/busi/predict/{{model}}.log",
+        f"{LOGS}/busi/predict/{{variant}}/{{model}}.log",
     benchmark:
-        f"{BENCHMARKS}/busi/predict/{{model}}.tsv"
+        f"{BENCHMARKS}/busi/predict/{{variant}}/{{model}}.tsv"
     wildcard_constraints:
+        variant=BUSI_RUNS.pattern,
         model="base|lora|qlora",
     conda:
         f"../envs/{BUSI_ENV}.yaml"
@@ -393,14 +398,14 @@ rule busi_predict:
     params:
         step=outside(STEP),
         images=outside(CONFIG.busi.images),
-        model=(lambda w, output: BUSI_BASE if w.model == "base" else f"{BUSI}/merge/{w.model}/model"),
+        model=(lambda w, output: BUSI_BASE if w.model == "base" else f"{BUSI}/merge/{w.variant}/{w.model}/model"),
         execution=outside(execution(predict="busi.predict")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
         settings=numerics(base="busi.base", predict="busi.predict", list="busi.list"),
         code=code_key("scripts.busi.predict"),
     message:
-        "Classify the test side with model {wildcards.model}"
+        "Classify the test side with model {wildcards.model} ({wildcards.variant})"
     shell:
         "{params.step} scripts.common.launch {params.launcher} -- scripts.busi.predict"
         " --model {params.model:q}"
@@ -418,35 +423,40 @@ rule busi_predict:
 
 rule busi_evaluate:
     input:
-        predictions=expand(f"{BUSI}/predict/{{model}}/predictions.csv", model=BUSI_MODELS),
+        predictions=[
+            f"{BUSI}/predict/{BUSI_RUNS.first}/base/predictions.csv",
+            *expand(f"{BUSI}/predict/{{{{variant}}}}/{{method}}/predictions.csv", method=CONFIG.busi.methods),
+        ],
         train=rules.busi_build_conversations.output.train,
         test=rules.busi_build_conversations.output.test,
         leakage=f"{BUSI}/audit_split/{BUSI_USED}/leakage_report.json",
     output:
-        metrics=f"{BUSI}/evaluate/metrics.json",
+        metrics=f"{BUSI}/evaluate/{{variant}}/metrics.json",
         confusion=report(
-            f"{BUSI}/evaluate/confusion.png",
+            f"{BUSI}/evaluate/{{variant}}/confusion.png",
             caption="captions/busi_confusion.rst",
             category="busi",
-            labels={"step": "evaluate", "picture": "confusion matrix"},
+            labels={"step": "evaluate", "variant": "{variant}", "picture": "confusion matrix"},
         ),
         calibration=report(
-            f"{BUSI}/evaluate/calibration.png",
+            f"{BUSI}/evaluate/{{variant}}/calibration.png",
             caption="captions/busi_calibration.rst",
             category="busi",
-            labels={"step": "evaluate", "picture": "calibration"},
+            labels={"step": "evaluate", "variant": "{variant}", "picture": "calibration"},
         ),
         scores=report(
-            f"{BUSI}/evaluate/scores.png",
+            f"{BUSI}/evaluate/{{variant}}/scores.png",
             caption="captions/busi_scores.rst",
             category="busi",
-            labels={"step": "evaluate", "picture": "scores"},
+            labels={"step": "evaluate", "variant": "{variant}", "picture": "scores"},
         ),
-        meta=f"{BUSI}/evaluate/meta.json",
+        meta=f"{BUSI}/evaluate/{{variant}}/meta.json",
     log:
-        f"{LOGS}/busi/evaluate.log",
+        f"{LOGS}/busi/evaluate/{{variant}}.log",
     benchmark:
-        f"{BENCHMARKS}/busi/evaluate.tsv"
+        f"{BENCHMARKS}/busi/evaluate/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=BUSI_RUNS.pattern,
     conda:
         "../envs/vision.yaml"
     threads: class_threads("light")
@@ -463,7 +473,7 @@ rule busi_evaluate:
         code=code_key("scripts.busi.evaluate"),
         folder=subpath(output.meta, parent=True),
     message:
-        "Evaluate base and fine-tuned models on the test side"
+        "Evaluate base and fine-tuned models on the test side ({wildcards.variant})"
     shell:
         "{params.step} scripts.busi.evaluate"
         " {params.predictions}"
@@ -487,13 +497,14 @@ rule busi_describe_model:
         leakage=rules.busi_evaluate.input.leakage,
         parity=rules.busi_merge.output.parity,
     output:
-        card=f"{BUSI}/describe_model/{{method}}/README.md",
-        meta=f"{BUSI}/describe_model/{{method}}/meta.json",
+        card=f"{BUSI}/describe_model/{{variant}}/{{method}}/README.md",
+        meta=f"{BUSI}/describe_model/{{variant}}/{{method}}/meta.json",
     log:
-        f"{LOGS}/busi/describe_model/{{method}}.log",
+        f"{LOGS}/busi/describe_model/{{variant}}/{{method}}.log",
     benchmark:
-        f"{BENCHMARKS}/busi/describe_model/{{method}}.tsv"
+        f"{BENCHMARKS}/busi/describe_model/{{variant}}/{{method}}.tsv"
     wildcard_constraints:
+        variant=BUSI_RUNS.pattern,
         method="lora|qlora",
     conda:
         "../envs/vision.yaml"
@@ -505,7 +516,7 @@ rule busi_describe_model:
         base=BUSI_CARD,
         code=code_key("scripts.busi.describe_model"),
     message:
-        "Describe the model of {wildcards.method}"
+        "Describe the model of {wildcards.method} ({wildcards.variant})"
     shell:
         "{params.step} scripts.busi.describe_model"
         " --adapter-meta {input.adapter:q}"
@@ -523,6 +534,6 @@ rule busi_describe_model:
 
 rule busi:
     input:
-        rules.busi_evaluate.output,
-        expand(f"{BUSI}/describe_model/{{method}}/README.md", method=CONFIG.busi.methods),
+        BUSI_RUNS.all("train", *rules.busi_evaluate.output),
+        BUSI_RUNS.all("train", rules.busi_describe_model.output.card, method=CONFIG.busi.methods),
         expand(f"{BUSI}/audit_split/{{split}}/leakage_report.json", split=BUSI_SPLITS),

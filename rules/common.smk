@@ -29,7 +29,7 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
-from scripts.common import cluster_guard, spent
+from scripts.common import cluster_guard, spent, variants
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
@@ -73,10 +73,10 @@ if "SLURM_JOB_ID" in os.environ:
     shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 
-def _of_kind(kind, place, places):
+def _of_kind(config, kind, place, places):
     if place:
-        return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(CONFIG, place), kind))
-    values = {name: kiln_config.section(CONFIG, dotted) for name, dotted in places.items()}
+        return kiln_settings.to_json(kiln_settings.of_kind(kiln_config.section(config, place), kind))
+    values = {name: kiln_config.section(config, dotted) for name, dotted in places.items()}
     sections = {n: v for n, v in values.items() if isinstance(v, kiln_settings.Settings)}
     plain = {n: v for n, v in values.items() if n not in sections}  # single keys, which are numerics
     return kiln_settings.to_json(plain | {n: kiln_settings.of_kind(v, kind) for n, v in sections.items()})
@@ -84,12 +84,12 @@ def _of_kind(kind, place, places):
 
 def numerics(place=None, /, **places):
     """The numerics of one section (`numerics("vase.split")`) or of several under new names, as JSON."""
-    return _of_kind("numerics", place, places)
+    return _of_kind(CONFIG, "numerics", place, places)
 
 
 def execution(place=None, /, **places):
     """The execution settings, likewise; give them to `outside`."""
-    return _of_kind("execution", place, places)
+    return _of_kind(CONFIG, "execution", place, places)
 
 
 def changed(settings, **values):
@@ -100,6 +100,97 @@ def changed(settings, **values):
 def outside(value):
     """A param that no result depends on: Snakemake neither records nor compares what asks for `output`."""
     return lambda wildcards, output: value
+
+
+class Runs:
+    """The runs of a pipeline: its variants with their seeds; see scripts/common/variants.py.
+
+    Rules of a stage have the name of a run as their wildcard {variant}; a run whose stage another run serves has none
+    of its own. `numerics` and `execution` give params functions, `at` an input function.
+    """
+
+    def __init__(self, pipeline):
+        self.section = getattr(CONFIG, pipeline)
+        self.configs = or_stop(kiln_config.runs, CONFIG, pipeline)
+        self.names = list(self.configs)
+        self.first = self.names[0]
+        self.pattern = "|".join(self.names)
+        self.variant_of = {name: run.variant for name, run in variants.runs(self.section).items()}
+        self.serving = {stage: variants.serving(self.section, stage) for stage in self.section.stages}
+
+    def of(self, wildcards):
+        """The configuration of the run that a job belongs to."""
+        return self.configs[self._run(wildcards.variant)]
+
+    def _run(self, name):
+        """The run of that name, or the first one of the variant of that name, where a rule has seeds of its own."""
+        return name if name in self.configs else next(run for run in self.names if self.variant_of[run] == name)
+
+    def numerics(self, place=None, /, **places):
+        """`numerics` of a job's run; {wildcard} may stand in a place."""
+        return lambda wildcards: self._of_kind("numerics", wildcards, place, places)
+
+    def execution(self, place=None, /, **places):
+        """`execution` of a job's run, not recorded, as what `outside` gives."""
+        return lambda wildcards, output: self._of_kind("execution", wildcards, place, places)
+
+    def _of_kind(self, kind, wildcards, place, places):
+        places = {name: dotted.format(**wildcards) for name, dotted in places.items()}
+        return _of_kind(self.of(wildcards), kind, place and place.format(**wildcards), places)
+
+    def agreed(self, place):
+        """A value that is the same in all runs, since it decides more than the numbers, such as an environment."""
+        values = {name: kiln_config.section(one, place) for name, one in self.configs.items()}
+        if len(set(values.values())) > 1:
+            raise WorkflowError(f"{place} differs between variants: {values}\nHint: give another `results` folder")
+        return values[self.first]
+
+    def model_files(self, place):
+        """An input function: the files of the model that is named at a place of a job's run, if one is."""
+        return lambda wildcards: [
+            file
+            for name in [kiln_config.section(self.of(wildcards), place)]
+            if name
+            for file in model_folder_files(name)
+        ]
+
+    def model_option(self, option, place):
+        """A params function: the option that gives that model's folder; not recorded, as what `outside` gives."""
+        return lambda wildcards, output: " ".join(
+            f"{option} {shlex.quote(model_folder(name))}"
+            for name in [kiln_config.section(self.of(wildcards), place)]
+            if name
+        )
+
+    def at(self, stage, pattern):
+        """The files of an earlier stage, whose names hold {variant}, that serve a job's run."""
+        return lambda wildcards: self.path(stage, pattern, **wildcards)
+
+    def path(self, stage, pattern, **wildcards):
+        """The file of a stage that serves the run `variant`; a list for a list of patterns."""
+        served_by = {**wildcards, "variant": self.serving[stage][self._run(wildcards["variant"])]}
+        if isinstance(pattern, str):
+            return str(pattern).format(**served_by)
+        return [str(one).format(**served_by) for one in pattern]
+
+    def headline(self, *patterns, **wildcards):
+        """The files for the first run, that of `main`, whose numbers are the headline."""
+        return [path for one in patterns for path in expand(one, variant=self.first, **wildcards)]
+
+    def metrics(self, stage, *patterns, **wildcards):
+        """The metrics files of a stage as {file: variant/run}, of each run that has its own."""
+        own = [name for name in self.names if self.serving[stage][name] == name]
+        return {
+            path: f"{self.variant_of[name]}/{name}"
+            for name in own
+            for one in patterns
+            for path in expand(one, variant=name, **wildcards)
+        }
+
+    def all(self, stage, *patterns, **wildcards):
+        """The files of a stage for all runs, each once."""
+        served = dict.fromkeys(self.serving[stage].values())
+        return [path for name in served for one in patterns for path in expand(one, variant=name, **wildcards)]
 
 
 GPUS = {

@@ -5,19 +5,25 @@ REQUIRED INPUTS: the metrics and pictures of every pipeline.
 
 OUTPUTS:
     {results}/summary.json   {pipeline: {metric: {value, baseline, n, ci95, ...}}}
+    {results}/report/compare_variants/   variants.csv, variants.md: the scores of all variants, over their seeds
     {results}/report.html    Snakemake's own report: pictures, run times, the DAG
 
-STEPS: summarise, render.
+STEPS: summarise, compare variants, render.
 """
+
+REPORT_RUNS = {
+    "busi": BUSI_RUNS.metrics("train", rules.busi_evaluate.output.metrics),
+    "biomedica": BIOMEDICA_RUNS.metrics("train", rules.biomedica_evaluate.output.metrics),
+}
 
 
 rule report_summarise:
     input:
         vase=VASE_METRICS,
-        busi=rules.busi_evaluate.output.metrics,
+        busi=BUSI_RUNS.headline(rules.busi_evaluate.output.metrics),
         rae=expand(rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
         coca=rules.coca_evaluate.output.metrics,
-        biomedica=rules.biomedica_evaluate.output.metrics,
+        biomedica=BIOMEDICA_RUNS.headline(rules.biomedica_evaluate.output.metrics),
         targets=[VASE_TARGETS, rules.busi.input, rules.rae.input, rules.coca.input, rules.biomedica.input],
     output:
         summary=f"{RESULTS}/summary.json",
@@ -44,6 +50,44 @@ rule report_summarise:
         " --coca {input.coca:q}"
         " --biomedica {input.biomedica:q}"
         " --output {output.summary:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule report_compare_variants:
+    input:
+        [file for runs in REPORT_RUNS.values() for file in runs],
+    output:
+        table=f"{RESULTS}/report/compare_variants/variants.csv",
+        page=f"{RESULTS}/report/compare_variants/variants.md",
+        meta=f"{RESULTS}/report/compare_variants/meta.json",
+    log:
+        f"{LOGS}/report/compare_variants.log",
+    benchmark:
+        f"{BENCHMARKS}/report/compare_variants.tsv"
+    conda:
+        "../envs/tables.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        runs=outside(
+            " ".join(
+                f"--{pipeline} {' '.join(shlex.quote(f'{run}={file}') for file, run in runs.items())}"
+                for pipeline, runs in REPORT_RUNS.items()
+            )
+        ),
+        code=code_key("scripts.report.compare_variants"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Compare the variants"
+    shell:
+        "{params.step} scripts.report.compare_variants"
+        " {params.runs}"
+        " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -80,3 +124,4 @@ rule report:
     input:
         rules.report_render.output.page,
         rules.report_summarise.output.summary,
+        rules.report_compare_variants.output,

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from scripts.biomedica.settings import BiomedicaSettings
 from scripts.busi.settings import BusiSettings
 from scripts.coca.settings import CocaSettings
-from scripts.common import settings
+from scripts.common import settings, variants
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, execution
 from scripts.demo.settings import DemoSettings
@@ -106,6 +106,12 @@ def load(given: Mapping[str, Any], user_file: Path) -> Config:
     if overrides:
         values = settings.merge(values, settings.parse_overrides(str(overrides)))
     return settings.validate(Config, values, f"{user_file.name}, --configfile and --config")
+
+
+def runs(config: Config, pipeline: str) -> dict[str, Config]:
+    """{run: its configuration} of all variants and seeds of a pipeline; see `scripts.common.variants`."""
+    found = variants.runs(getattr(config, pipeline))
+    return {name: config.model_copy(update={pipeline: run.settings}) for name, run in found.items()}
 
 
 def section(config: Config, dotted: str) -> Any:

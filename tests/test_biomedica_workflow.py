@@ -78,13 +78,13 @@ def read(path: Path) -> dict:
 def test_what_is_made(finished_run):
     _, run = finished_run
     made = run / "results/biomedica"
-    plan = read(made / "plan/hybrid/plan.json")
+    plan = read(made / "plan/main/hybrid/plan.json")
     assert plan["local_per_epoch"] + plan["streamed_per_epoch"] == plan["samples"] == 96
     assert plan["streamed_per_epoch"] > 0
-    assert read(made / "plan/local/plan.json")["steps"] == plan["steps"] == 12
+    assert read(made / "plan/main/local/plan.json")["steps"] == plan["steps"] == 12
     runs = {f"{arm}-{seed}" for arm in ("hybrid", "local") for seed in (0, 1)}
-    assert {path.name for path in (made / "train_clip").iterdir()} == runs
-    metrics = read(made / "evaluate/metrics.json")
+    assert {path.name for path in (made / "train_clip/main").iterdir()} == runs
+    metrics = read(made / "evaluate/main/metrics.json")
     kinds = {"recall_at_5": "chance", "hybrid_over_local": "local_only"}
     assert {name: one["baseline_kind"] for name, one in metrics["summary"].items()} == kinds
     for one in metrics["summary"].values():
@@ -99,8 +99,8 @@ def test_the_model_loads_as_a_local_folder_of_open_clip(finished_run):
     from safetensors.torch import load_file
 
     made = finished_run[1] / "results/biomedica"
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{made / 'export/model'}")
-    trained = load_file(made / "train_clip/hybrid-0/model.safetensors")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{made / 'export/main/model'}")
+    trained = load_file(made / "train_clip/main/hybrid-0/model.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items() if name in trained)
     assert trained.keys() >= {name for name, _ in model.named_parameters()}
 
@@ -158,6 +158,9 @@ def test_nothing_is_left_to_do_and_execution_settings_rerun_nothing(finished_run
         ("biomedica.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
         ("biomedica.compare_seeds=[0]", {"evaluate": 1, "describe_model": 1}),
         ("biomedica.compare_seeds=[0,1,2]", {"train_clip": 2, "evaluate": 1, "describe_model": 1}),
+        ("biomedica.variants.low.train.lr=2e-3", {"train_clip": 4, **AFTER_TRAINING}),
+        ("biomedica.variants.long.plan.epochs=3", {"plan": 2, "train_clip": 4, **AFTER_TRAINING}),
+        ("biomedica.variants.main.seeds=[0,1]", AFTER_TRAINING),  # both are trained already, for the comparison
     ],
 )
 def test_a_setting_reruns_its_readers(finished_run, value, jobs):
@@ -191,8 +194,8 @@ def test_local_pairs_that_suffice_need_no_hub(finished_run, tmp_path):
     (fresh / "config/config.yaml").write_text(yaml.safe_dump({**SETTINGS, "biomedica": own}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
-        workflow.run(checkout, fresh, "results/biomedica/train_clip/hybrid-0/model.safetensors")
-    assert read(fresh / "results/biomedica/plan/hybrid/plan.json")["streamed_per_epoch"] == 0
+        workflow.run(checkout, fresh, "results/biomedica/train_clip/main/hybrid-0/model.safetensors")
+    assert read(fresh / "results/biomedica/plan/main/hybrid/plan.json")["streamed_per_epoch"] == 0
 
 
 def test_a_token_in_the_config_is_refused(finished_run):

@@ -55,7 +55,7 @@ def copied(finished_run, tmp_path) -> tuple[Path, Path]:
 def test_what_is_made(finished_run):
     _, run = finished_run
     busi = run / "results/busi"
-    metrics = json.loads((busi / "evaluate/metrics.json").read_text())
+    metrics = json.loads((busi / "evaluate/main/metrics.json").read_text())
     assert set(metrics["models"]) == {"base", "lora", "majority"}
     splits = pd.read_csv(busi / "split/splits.csv")
     assert metrics["summary"]["balanced_accuracy"]["n"] == (splits["side"] == "test").sum()
@@ -64,8 +64,8 @@ def test_what_is_made(finished_run):
     )
     assert ours["thresholds"]["0.98"]["test_with_twin_in_train"] == 0
     assert published["thresholds"]["0.98"]["test_with_twin_in_train"] > 0
-    assert "not for diagnosis" in (busi / "describe_model/lora/README.md").read_text().lower()
-    assert identity(busi / "merge/lora/model")
+    assert "not for diagnosis" in (busi / "describe_model/main/lora/README.md").read_text().lower()
+    assert identity(busi / "merge/main/lora/model")
 
 
 def test_the_planted_pairs_and_no_others_are_found(finished_run):
@@ -133,7 +133,7 @@ def test_a_published_split_is_trained_on_as_it_is(finished_run, tmp_path):
     (there / "config/config.yaml").write_text(yaml.safe_dump(settings))
     workflow.run(checkout, there, "busi")
     busi = there / "results/busi"
-    metrics = json.loads((busi / "evaluate/metrics.json").read_text())
+    metrics = json.loads((busi / "evaluate/main/metrics.json").read_text())
     report = json.loads((busi / "audit_split/published/leakage_report.json").read_text())
     leaked = report["thresholds"]["0.98"]["test_with_twin_in_train"]
     leak = metrics["leak"]
@@ -142,7 +142,7 @@ def test_a_published_split_is_trained_on_as_it_is(finished_run, tmp_path):
     assert parts["with_twin"]["n"] + parts["without_twin"]["n"] == len(
         json.loads((there / "data/published/test.json").read_text())
     )
-    assert "near-twin" in (busi / "describe_model/lora/README.md").read_text()
+    assert "near-twin" in (busi / "describe_model/main/lora/README.md").read_text()
 
 
 def test_a_new_picture_is_listed_and_dealt(copied):
@@ -163,4 +163,22 @@ def test_a_folder_that_is_no_class_stops_before_any_training(copied):
     assert done.returncode != 0
     assert "benine" in said and "Hint:" in said
     assert "busi_train_lora" not in workflow.finished(said)
-    assert (run / "results/busi/merge/lora/model/model.safetensors").is_file()
+    assert (run / "results/busi/merge/main/lora/model/model.safetensors").is_file()
+
+
+def test_a_variant_stands_beside_what_is_there(copied):
+    checkout, run = copied
+    low = ("--config", "set=busi.variants.low.train.lr=1e-3 busi.variants.low.seeds=[42,7]")
+    more = {"busi_train_lora": 2, "busi_merge": 2, "busi_predict": 2, "busi_evaluate": 2, "busi_describe_model": 2}
+    assert workflow.planned(checkout, run, "busi", *low) == more
+    before = {path: path.read_bytes() for path in (run / "results/busi").glob("*/main/**/*.safetensors")}
+    workflow.run(checkout, run, "busi", *low)
+    made = {path.name for path in (run / "results/busi/train_lora").iterdir()}
+    assert made == {"main", "low", "low-7"}
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+    weights = [run / f"results/busi/train_lora/{name}/lora/final_model/adapter_model.safetensors" for name in made]
+    assert len({path.read_bytes() for path in weights}) == 3
+    meta = json.loads((run / "results/busi/train_lora/low-7/lora/meta.json").read_text())
+    assert (meta["settings"]["train"]["lr"], meta["settings"]["train"]["seed"]) == (1e-3, 7)
+    assert workflow.planned(checkout, run, "busi") == {}
+    assert (run / "results/busi/train_lora/low").is_dir()

@@ -98,7 +98,7 @@ def test_biomedica_on_two_nodes_follows_the_curve_of_one_process(tmp_path):
         "train": {"lr": 1e-3, "warmup_steps": 2, "seed": 0, "precision": "fp32", "workers": 0},
     }  # fmt: skip
     (place / "tiny.json").write_text(json.dumps({"resources": RESOURCES, "biomedica": biomedica}))
-    target = "results/biomedica/train_clip/local-0/model.safetensors"
+    target = "results/biomedica/train_clip/main/local-0/model.safetensors"
     one, four = both_ways(place, target, "scripts.biomedica.train_clip", "biomedica.resources=multi_node")
     curves = [json.loads((folder / "metrics.json").read_text())["history"] for folder in (one, four)]
     for ours, other in zip(*curves, strict=True):

@@ -14,7 +14,7 @@ from vase_fixtures import draw
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow(minutes=4)]
 SPLITS = "results/vase/split/splits.parquet"
-STREAMED = "results/biomedica/train_clip/hybrid-0/model.safetensors"
+STREAMED = "results/biomedica/train_clip/main/hybrid-0/model.safetensors"
 FAILS_ONCE = "test -e failed || {{ touch failed; exit 3; }}; "
 
 

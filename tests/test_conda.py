@@ -58,9 +58,9 @@ RUNS = {
     "streaming": Work("demo_draw_figures", "scripts.demo.draw_figures", f"{DEMO}/demo/draw_figures/files.json"),
     "retrieve": Work("retrieve_model", "scripts.retrieve.model", "resources/models/thing/files.json"),
     "report": Work("report_render", "snakemake", f"{DEMO}/report.html"),
-    "hulumed": Work("busi_predict", "scripts.busi.predict", f"{DEMO}/busi/predict/base/predictions.csv"),
+    "hulumed": Work("busi_predict", "scripts.busi.predict", f"{DEMO}/busi/predict/main/base/predictions.csv"),
 }
-TRAIN_LORA = Work("busi_train_lora", "scripts.busi.train_lora", f"{DEMO}/busi/train_lora/lora/metrics.json")
+TRAIN_LORA = Work("busi_train_lora", "scripts.busi.train_lora", f"{DEMO}/busi/train_lora/main/lora/metrics.json")
 ON_CLUSTER = f"{DEMO}/demo/initialise_encoder/siglip2/files.json"
 SMALL = {
     "demo": {

@@ -461,7 +461,7 @@ def test_both_arms_of_biomedica_are_of_class_network_while_one_streams(tmp_path,
     (tmp_path / "shards/a.tar").touch()
     values = f"biomedica.shards=shards biomedica.remote.repo={repo} biomedica.resources=gpu_node"
     values += " resources.network.gpu=3 resources.gpu_node.gpu=2"
-    targets = [f"results/biomedica/train_clip/{arm}-42/model.safetensors" for arm in ("hybrid", "local")]
+    targets = [f"results/biomedica/train_clip/main/{arm}-42/model.safetensors" for arm in ("hybrid", "local")]
     ran = workflow.run(ROOT, tmp_path, "--dry-run", "--printshellcmds", "--config", f"set={values}", "--", *targets)
     asked = re.findall(r"launch --gpus (\d+) .*scripts.biomedica.train_clip", ran.stdout + ran.stderr)
     assert asked == [str(gpus)] * 2

@@ -6,10 +6,10 @@ import smoke_run
 MINUTES = 10  # that a pipeline may take on one GPU
 TRAININGS = {
     "vase": ["vase/train_classifier", "vase/train_grpo", "vase/train_sft"],
-    "busi": ["busi/train_lora/lora", "busi/train_lora/qlora"],
+    "busi": ["busi/train_lora/main/lora", "busi/train_lora/main/qlora"],
     "rae": ["rae/train_autoencoder/dinov2", "rae/train_autoencoder/siglip2"],
     "coca": ["coca/train"],
-    "biomedica": ["biomedica/train_clip/hybrid-42"],
+    "biomedica": ["biomedica/train_clip/main/hybrid-42"],
 }
 
 
@@ -32,7 +32,7 @@ def test_a_pipeline_runs_at_its_published_architecture(pipeline, tmp_path, capsy
 def test_bmc_clips_model_trains(tmp_path):
     """The preset's ViT-L-14 in place of the default ViT-B-32."""
     smoke_run.run(tmp_path / "run", "biomedica", {}, cores=8, preset=["config/bmc_clip.yaml"])
-    assert smoke_run.steps(tmp_path / "run/results/smoke") == {"biomedica/train_clip/hybrid-42": 5}
+    assert smoke_run.steps(tmp_path / "run/results/smoke") == {"biomedica/train_clip/main/hybrid-42": 5}
 
 
 @pytest.mark.slow(minutes=15)  # the five together

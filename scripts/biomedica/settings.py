@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from scripts.common.settings import Settings, execution
+from scripts.common.variants import VariedSettings
 
 ARMS = ("hybrid", "local")  # what a run trains on: local and streamed pairs, or local ones alone
 
@@ -154,10 +155,12 @@ class EvaluateSettings(Settings):
         return self
 
 
-class BiomedicaSettings(Settings):
+class BiomedicaSettings(VariedSettings):
     """Pipeline `biomedica`: local and streamed figures with captions to a CLIP model and its retrieval scores."""
 
     original_names: ClassVar[dict[str, str]] = {"local_dir": "shards"}
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {"plan": ("plan",), "train": ("model", "train")}
+    seeded: ClassVar[tuple[str, ...]] = ("train.seed",)
     shards: str | None = Field(
         "data/biomedica", description="folder of local tar shards; null or empty: all is streamed"
     )

@@ -2,7 +2,7 @@
 
 Rule `busi_predict`, on the test side; by hand on any folder:
 
-    python -m scripts.busi.predict --model results/busi/merge/lora/model --images DIR --output predictions.csv
+    python -m scripts.busi.predict --model results/busi/merge/main/lora/model --images DIR --output predictions.csv
 
 The model is a base, a merged one, or a base with `--adapter`. Without `--rows` every image of the folder is
 classified, masks left out; files that cannot be read go to a `.quarantine.tsv` beside the output.

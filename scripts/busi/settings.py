@@ -1,10 +1,11 @@
 """Settings of pipeline `busi`; the defaults are the published values of the Hulu-Med fine-tune on BUSI."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from scripts.common.settings import Settings, execution
+from scripts.common.variants import VariedSettings
 
 PROMPT = (
     "Carefully examine the image to determine the diagnostic result for breast cancer. "
@@ -192,8 +193,11 @@ class EvaluateSettings(Settings):
     seed: int = Field(0, ge=0)
 
 
-class BusiSettings(Settings):
+class BusiSettings(VariedSettings):
     """Pipeline `busi`."""
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("lora", "train")}
+    seeded: ClassVar[tuple[str, ...]] = ("train.seed",)
 
     images: str = Field("data/busi", description="folder with one folder of images per class; masks beside them")
     list: ListSettings = ListSettings()
