@@ -11,7 +11,7 @@ RESULTS ?= results
 PIPELINES ?= vase busi rae coca biomedica
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status adopt doctor lock dvc clean-env clean-demo
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status adopt rehash reshard doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -92,6 +92,12 @@ adopt: install ## wait for the Slurm jobs that a killed Snakemake left, so that 
 
 status: install ## the trainings that run or stopped, a line each (RESULTS=results/demo)
 	@$(BIN)/python -m scripts.common.status --state $(RESULTS)/state
+
+rehash: install ## read all images anew, to find changes that kept size and time, and redo those (ARGS="--configfile ...")
+	$(BIN)/snakemake --cores $(CORES) $(ARGS) --config rehash=true -- vase_images
+
+reshard: install ## as few shards of images as can be; the next run computes nothing anew (RESULTS=results/demo)
+	@$(BIN)/python -m scripts.common.reshard --results $(RESULTS) $(ARGS)
 
 doctor: install ## versions, driver, GPUs, disk, hub: a line each
 	$(BIN)/python -m scripts.common.doctor

@@ -29,14 +29,14 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
-from scripts.common import cluster_guard, spent, variants
+from scripts.common import cluster_guard, rehash, reshard, scans, spent, variants
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file, write_text
 from scripts.common.code_key import code_key
 from scripts.common.errors import KilnError
 from scripts.common.failures import Watch
 from scripts.common.images import EXTENSIONS
-from scripts.common.shards import ShardTable, refresh, scan
+from scripts.common.shards import ShardTable, last, refresh
 from scripts.retrieve.models import read_table as read_models
 
 
@@ -336,29 +336,38 @@ def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False):
 
     @functools.cache
     def scanned():
-        items = scan(Path(folder), extensions, may_be_empty).items if folder else []
-        return ShardTable({"all": items}).digest("all")
+        main = workflow.is_main_process
+        seen = scans.Seen(Path(STATE, "scans"), again=main and CONFIG.rescan, write=main and not workflow.dryrun)
+        return seen.digest(Path(folder), extensions, may_be_empty, logger.warning if main else logger.debug)
 
-    return once_drawn(folder, lambda wildcards: scanned())
+    return once_drawn(folder, lambda wildcards: scanned() if folder else None)
 
 
 class ShardedFolder:
     """A folder of images in append-only shards: scanned once by the main process, read by its jobs.
 
-    `digest` and `ignored` are params functions; `expand(pattern)` is an input function.
+    `digest` and `ignored` are params functions; `expand(pattern)` is an input function. `inspected` is the folder of
+    the shards' tables (columns path, sha256).
     """
 
-    def __init__(self, pipeline, folder, per_shard):
-        self.folder, self.per_shard = folder, per_shard
+    def __init__(self, pipeline, folder, per_shard, inspected):
+        self.folder, self.per_shard, self.inspected = folder, per_shard, Path(inspected)
         self.table = f"{STATE}/{pipeline}/shards.parquet"
         self.digest = once_drawn(folder, lambda wildcards: self.now().digest(wildcards.shard))
         self.ignored = once_drawn(folder, lambda wildcards: self.now().ignored)
 
     @functools.cache
     def now(self):
-        if workflow.is_main_process:
-            return refresh(Path(self.table), Path(self.folder), EXTENSIONS, self.per_shard, not workflow.dryrun)
-        return ShardTable.load(Path(self.table))
+        table, folder, write = Path(self.table), Path(self.folder), not workflow.dryrun
+        if not workflow.is_main_process:
+            return ShardTable.load(table)
+        found = None if CONFIG.rescan or CONFIG.rehash else last(table, logger.warning)
+        if found is None:
+            made = self.inspected.glob("s*.parquet")
+            found = refresh(table, folder, EXTENSIONS, self.per_shard, write, made, logger.warning)
+        if CONFIG.rehash:
+            found = rehash.mark_changed(found, table, folder, self.inspected, write, logger.warning)
+        return found
 
     def expand(self, pattern):
         def paths(wildcards):
@@ -413,6 +422,7 @@ onstart:
 
 onsuccess:
     spent.sweep(Path(STATE))
+    reshard.sweep(Path(STATE))
 
 
 onerror:

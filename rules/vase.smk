@@ -25,7 +25,7 @@ threshold, accept, select, audit, evaluate. What leads to the classifier has pri
 """
 
 VASE = f"{RESULTS}/vase"
-VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard)
+VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard, f"{VASE}/inspect_images")
 VASE_BACKBONE = (
     f"--weights {shlex.quote(model_file(CONFIG.vase.classifier.weights))}" if CONFIG.vase.classifier.weights else ""
 )
@@ -50,6 +50,7 @@ rule vase_inspect_images:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
+        state=outside(f"{STATE}/vase/inspect_images"),
         shard_table=outside(VASE_SHARDS.table),
         settings=numerics("vase.inspect"),
         code=code_key("scripts.vase.inspect_images"),
@@ -61,6 +62,7 @@ rule vase_inspect_images:
         " --images {params.images:q}"
         " --shard-table {params.shard_table:q}"
         " --shard {wildcards.shard}"
+        " --state-folder {params.state:q}"
         " --output {output.table:q}"
         " --settings {params.settings:q}"
         " --code-key {params.code}"
@@ -310,6 +312,7 @@ rule vase_classify_images:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
+        state=outside(f"{STATE}/vase/classify_images"),
         execution=outside(execution("vase.classify")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
@@ -322,6 +325,7 @@ rule vase_classify_images:
         " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --classifier {input.classifier:q}"
+        " --state-folder {params.state:q}"
         " --output {output.table:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
@@ -388,6 +392,7 @@ rule vase_embed_images:
     params:
         step=outside(STEP),
         images=outside(CONFIG.vase.images),
+        state=outside(f"{STATE}/vase/embed_images"),
         execution=outside(execution("vase.clip")),
         device=outside(CONFIG.device),
         launcher=launcher("gpu_single"),
@@ -401,6 +406,7 @@ rule vase_embed_images:
         " --images {params.images:q}"
         " --shard {input.shard:q}"
         " --model {params.model:q}"
+        " --state-folder {params.state:q}"
         " --output {output.embeddings:q}"
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"

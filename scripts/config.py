@@ -80,6 +80,8 @@ class Config(Settings):
     device: str = execution(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
     )
+    rescan: bool = execution(True, description="false: take folders as the last scan saw them, on slow shared disks")
+    rehash: bool = execution(False, description="true: read all images anew, to find changes that kept size and mtime")
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()

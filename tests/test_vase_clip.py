@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from vase_fixtures import clip_folder, command_line, error_of, picture, run, write
 
+from scripts.common.artefacts import sha256_file
 from scripts.common.errors import KilnError
 from scripts.vase import classifier, classify_images, clip, embed_images, link_classes, score_images
 from scripts.vase.settings import ClassifierSettings, PromptSettings
@@ -47,8 +48,10 @@ def names(images):
     return sorted(str(p.relative_to(images)) for p in images.rglob("*.*"))
 
 
-def shard(path, names, bad=()):
-    rows = [{"path": n, "status": "quarantined" if n in bad else "ok"} for n in names]
+def shard(path, names, images, bad=()):
+    files = {n: images / n for n in names}
+    hashes = {n: sha256_file(file) if file.exists() else "0" * 64 for n, file in files.items()}
+    rows = [{"path": n, "status": "quarantined" if n in bad else "ok", "sha256": hashes[n]} for n in names]
     return write(path, rows)
 
 
@@ -57,7 +60,7 @@ def embed(folder, names, images, model, bad=(), **settings):
     folder.mkdir(parents=True, exist_ok=True)
     run(
         embed_images.main,
-        *("--images", images, "--shard", shard(folder / "shard.parquet", names, bad), "--model", model),
+        *("--images", images, "--shard", shard(folder / "shard.parquet", names, images, bad), "--model", model),
         *("--output", folder / "e.arrow", "--meta", folder / "e.meta.json", "--device", "cpu"),
         settings={"workers": 0, "batch_size": 4, **settings},
     )
@@ -181,7 +184,7 @@ def test_a_model_folder_that_is_not_whole_is_refused(model_folder, tmp_path, cha
 
 
 def test_a_missing_model_ends_the_command_with_a_hint(images, names, tmp_path):
-    table = shard(tmp_path / "shard.parquet", names)
+    table = shard(tmp_path / "shard.parquet", names, images)
     arguments = ["--images", images, "--shard", table, "--model", tmp_path / "none"]
     arguments += ["--output", tmp_path / "e.arrow", "--meta", tmp_path / "m.json", "--device", "cpu"]
     said = error_of(command_line("embed_images", *arguments))
@@ -344,7 +347,7 @@ def classify(folder, names, images, trained, bad=(), **settings):
     folder.mkdir(parents=True, exist_ok=True)
     run(
         classify_images.main,
-        *("--images", images, "--shard", shard(folder / "shard.parquet", names, bad), "--classifier", trained),
+        *("--images", images, "--shard", shard(folder / "shard.parquet", names, images, bad), "--classifier", trained),
         *("--output", folder / "p.parquet", "--meta", folder / "p.meta.json", "--device", "cpu"),
         settings={"workers": 0, "batch_size": 4, **settings},
     )
@@ -380,7 +383,7 @@ def test_quarantined_images_are_not_classified(images, names, trained, tmp_path)
 
 
 def test_a_file_that_is_no_classifier_is_refused(images, names, tmp_path, model_folder):
-    table = shard(tmp_path / "shard.parquet", names)
+    table = shard(tmp_path / "shard.parquet", names, images)
     arguments = ["--images", images, "--shard", table, "--classifier", model_folder / clip.WEIGHTS]
     arguments += ["--output", tmp_path / "p.parquet", "--meta", tmp_path / "m.json", "--device", "cpu"]
     assert "no Kiln classifier" in error_of(command_line("classify_images", *arguments))

@@ -251,10 +251,11 @@ def run(args: argparse.Namespace) -> None:
     """Index the shards of `args.shards`."""
     values = step.read_settings(args)
     record = step.record(args, "scripts.biomedica.index_local", values, {})
-    items: list[Item] = []
+    found = shards.Scan([])
     if args.shards is not None and args.shards.is_dir():
-        items = shards.scan(args.shards, [".tar"], may_be_empty=True).items
-    record.facts["listing"] = shards.ShardTable({"all": items}).digest("all")
+        found = shards.scan(args.shards, [".tar"], may_be_empty=True)
+    items = found.items
+    record.facts["listing"] = found.digest()
     args.output_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_folder, prefix=".parts-") as temporary:
         of = to_json(of_kind(values.index, "numerics"))

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     texts, bad_texts = labels.read_labels(args.labels)
     patients = labels.read_patients(table) if table else None
     found = shards.scan(args.slides, EXTENSIONS)
-    record.facts["listing"] = shards.ShardTable({"all": found.items}).digest("all")
+    record.facts["listing"] = found.digest()
     paths = [item.path for item in found.items]
     slides, reasons = join(paths, texts, bad_texts, patients)
 

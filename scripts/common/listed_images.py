@@ -4,6 +4,7 @@ The error is handed over as an item, not raised: torch re-raises a worker's exce
 which would lose its hint.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,25 @@ from scripts.common.images import ImageError, open_rgb
 NO_LIMIT = 2**62  # the listing has refused over-large files already
 
 
-def open_listed(path: Path, at_least: int | None) -> Image.Image:
+def open_listed(path: Path, at_least: int | None, sha256: str | None = None) -> Image.Image:
     """The image as `images.open_rgb` gives it.
 
+    Args:
+        sha256: of the file as it was listed; None: not checked.
+
     Raises:
-        KilnError: the file is gone, or no longer readable.
+        KilnError: the file is gone, no longer readable, or no longer what was listed.
     """
     try:
-        return open_rgb(path, NO_LIMIT, at_least)
+        if sha256 is None:
+            return open_rgb(path, NO_LIMIT, at_least)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise KilnError(
+                f"{path}: changed since it was listed",
+                "run again: the folder is scanned anew, and what is done stays done",
+            )
+        return open_rgb(data, NO_LIMIT, at_least)
     except (ImageError, FileNotFoundError) as error:
         raise KilnError(
             f"{path}: readable when it was listed, now: {error}",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,6 +55,16 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             f"{path}: no column {', '.join(missing)}; it has {', '.join(frame.columns)}", "check which table this is"
         )
     return frame[list(columns)]
+
+
+def read_rows(path: Path, rows: np.ndarray) -> pd.DataFrame:
+    """Rows of a Parquet table, by their numbers.
+
+    Raises:
+        pyarrow.ArrowException: it is unreadable.
+        IndexError: it has no such row.
+    """
+    return pq.read_table(path).take(pa.array(rows)).to_pandas()
 
 
 def reconcile(where: str, total: int, **parts: int) -> dict[str, int]:

@@ -87,8 +87,8 @@ def open_pictures(data: Path, image_size: int, max_images: int | None) -> tuple[
         return open_split(place.parent, place.name, image_size, max_images), digest
     splits = [one.name for one in (data / name for name in (*VALIDATION, "train")) if one.is_dir()]
     place = _validation_of(data, splits) if splits else data
-    items = shards.scan(place, images.EXTENSIONS).items
-    digest = shards.ShardTable({"all": items}).digest("all")
+    found = shards.scan(place, images.EXTENSIONS)
+    items, digest = found.items, found.digest()
     folders = [item.path.rpartition("/")[0].partition("/")[0] for item in items]
     number = {name: label for label, name in enumerate(sorted(set(folders)))}
     rows = _chosen(len(items), max_images)

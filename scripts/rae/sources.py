@@ -73,7 +73,7 @@ def list_pictures(root: Path, values: DatasetSettings, labels: Path | None) -> L
             f"{root}: validation is empty: no class has two images to cut one from",
             "give more images, or a validation folder",
         )
-    parts = [shards.ShardTable({"all": one.items}).digest("all") for one in scans]
+    parts = [one.digest() for one in scans]
     digest = artefacts.sha256_text(*parts, *classes, artefacts.sha256_file(labels) if labels else "")
     return Listing(
         classes, {"train": pictures, "validation": validation}, source, sum(one.ignored for one in scans), digest

@@ -23,18 +23,23 @@ class Clip(NamedTuple):
     image_size: int
 
 
-def load(folder: Path) -> Clip:
-    """Load model, transform and tokenizer.
-
-    Raises:
-        KilnError: a file is missing, or the weights do not fit the configuration.
-    """
+def check(folder: Path) -> None:
+    """Raises KilnError if a file of the model is missing."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             # open_clip would go on with random weights and a warning
             raise KilnError(
                 f"{folder / name}: no such file", f"vase.clip.model needs a folder with {CONFIG}, {WEIGHTS}"
             )
+
+
+def load(folder: Path) -> Clip:
+    """Load model, transform and tokenizer.
+
+    Raises:
+        KilnError: a file is missing, or the weights do not fit the configuration.
+    """
+    check(folder)
     try:
         model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     }
     folder = args.output_folder
     outputs = [folder / name for name in ("manifest.parquet", "quarantine.tsv", "duplicates.tsv", "summary.json")]
-    tables.write_table(outputs[0], frame, ["path"])
+    tables.write_table(outputs[0], frame.drop(columns="shard"), ["path"])  # shards follow from the folder's history
     bad = bad.sort_values("path")[["path", "reason"]]
     artefacts.write_text(outputs[1], bad.to_csv(sep="\t", index=False))
     artefacts.write_text(outputs[2], duplicates.to_csv(sep="\t", index=False))
