@@ -17,7 +17,7 @@ from benchmarks import measure, workflow_dvc, workflow_items, workflow_plan
 from scripts.common.artefacts import write_json
 
 PARTS = {"items": workflow_items.measure_items, "plan": workflow_plan.measure_plan}
-SMALLEST = {"images": 400, "images_per_shard": 100, "scale": 0.002, "runs": 1}
+SMALLEST = {"images": 400, "images_per_shard": 100, "image_size": 32, "scale": 0.002, "runs": 1}
 PACKAGES = ("snakemake", "torch", "pandas", "pyarrow")
 
 
@@ -26,6 +26,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", choices=PARTS, help="one of the two")
     made.add_argument("--images", type=int, default=100_000, help="of items")
+    made.add_argument("--image-size", type=int, default=64, help="that ResNet50 sees, in items")
     made.add_argument("--images-per-shard", type=int, default=4096)
     made.add_argument("--scale", type=float, default=1.0, help="of plan: share of the published numbers of files")
     made.add_argument("--runs", type=int, default=5, help="with nothing to do, and of each plan")

@@ -5,6 +5,7 @@ taken from their access times, which are set back before it; how many images a s
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -48,7 +49,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
         "vase": {
             "images_per_shard": args.images_per_shard,
-            "classifier": {"weights": None, "image_size": SIDE, "epochs": 1, "batch_size": 32, "workers": 0},
+            "classifier": {"weights": None, "image_size": args.image_size, "epochs": 1, "batch_size": 32, "workers": 0},
             "classify": {"workers": 0},
             "clip": {"model": "data/clip", "workers": 0},
         },
@@ -105,6 +106,19 @@ def computed(run: Path, since_ns: int) -> dict[str, int]:
     return found
 
 
+def step_seconds(run: Path, since_ns: int) -> dict[str, float]:
+    """CPU seconds of each step in the jobs that ended since then, start and imports included."""
+    found: dict[str, float] = {}
+    for path in (run / "results/benchmarks/vase").rglob("*.tsv"):
+        if path.stat().st_mtime_ns >= since_ns:
+            step = path.relative_to(run / "results/benchmarks/vase").parts[0].removesuffix(".tsv")
+            with path.open() as rows:
+                found[step] = found.get(step, 0) + sum(
+                    float(row["cpu_time"]) for row in csv.DictReader(rows, delimiter="\t")
+                )
+    return {step: round(seconds, 1) for step, seconds in sorted(found.items())}
+
+
 def update(run: Path, *arguments: str) -> dict[str, Any]:
     """Run the workflow: its cost, its jobs, how many images its steps computed, and how many files were opened."""
     paths = images_of(run)
@@ -114,6 +128,7 @@ def update(run: Path, *arguments: str) -> dict[str, Any]:
     return {
         **done.facts(), "jobs": sum(runs.jobs(done.text).values()), "computed": computed(run, since),
         "files_opened": sum(path.stat().st_atime_ns > 0 for path in images_of(run)),
+        "cpu_seconds_of_steps": step_seconds(run, since),
     }  # fmt: skip
 
 
