@@ -19,6 +19,7 @@ SLIDES, SHARDS = 100_000, 2400
 LINKS = 60_000  # of one file; ext4 allows 65,000
 MOST_SECONDS, MOST_MB, MOST_JOBS = 30, 2000, 3000
 OF_SHARDS = ("vase_inspect_images", "vase_classify_images", "vase_embed_images")
+RECORD = '{"wall_seconds": 1}'  # of a training that may be redone without asking
 SETTING_CHANGED = ("--config", "rescan=false", "set=vase.prompts.positive=[one]")
 TARGETS = ("report", "vase")
 
@@ -70,13 +71,13 @@ def make_files(folder: Path, scale: float) -> int:
 
 
 def finish(run: Path) -> None:
-    """Have all outputs there, as files without content, and recorded by Snakemake as made."""
+    """Have all outputs there, as files of next to no content, and recorded by Snakemake as made."""
     listed = runs.snakemake(run, "--summary", *TARGETS).text
     _, _, table = listed.partition("output_file\t")
     for line in table.splitlines()[1:]:
         path = run / line.split("\t")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}" if path.suffix == ".json" else "")
+        path.write_text(RECORD if path.suffix == ".json" else "")
     runs.snakemake(run, "--touch", "--forceall", "--quiet", "all", "--", *TARGETS)
 
 
