@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -203,6 +204,94 @@ def test_a_removed_and_a_rewritten_image_touch_their_shards_alone(finished_run, 
     manifest = pd.read_parquet(run / "results/vase/list_images/manifest.parquet")
     assert removed["path"] not in set(manifest["path"])
     assert not list((run / "results/vase").rglob(removed["path"]))
+
+
+STEPS = ("inspect_images", "classify_images", "embed_images")
+FINAL = ("list_images/manifest.parquet", "score_images/scores.parquet", "select_views/best_views.parquet")
+
+
+def computed(run: Path, since: float) -> dict[str, list[int]]:
+    """{step: [items computed, items reused]} of the shards that were made after a time."""
+    counts = {}
+    for name in STEPS:
+        metas = [p for p in (run / "results/vase" / name).glob("*.meta.json") if p.stat().st_mtime > since]
+        facts = [json.loads(p.read_text()) for p in metas]
+        counts[name] = [sum(one[f"items_{kind}"] for one in facts) for kind in ("computed", "reused")]
+    return counts
+
+
+def final_tables(run: Path) -> list[bytes]:
+    return [(run / "results/vase" / name).read_bytes() for name in FINAL]
+
+
+def test_changed_images_alone_are_computed_and_tables_equal_those_from_scratch(finished_run, tmp_path):
+    checkout, _ = finished_run
+    run = copy_of(finished_run[1], tmp_path)
+    images = run / "data/vase/images"
+    table = pd.read_parquet(run / "results/vase/list_images/manifest.parquet").query("status == 'ok'")
+    removed, rewritten, renamed, edited = table.drop_duplicates("sha256", keep=False)["path"].iloc[[3, 11, 22, 33]]
+    facts = (images / edited).stat()
+    (images / removed).unlink()
+    data = (images / rewritten).read_bytes()
+    (images / rewritten).write_bytes(data + b"trailing")
+    (images / renamed).rename(images / f"A{renamed}")
+    data = bytearray((images / edited).read_bytes())
+    data[-40] ^= 1
+    (images / edited).write_bytes(data)
+    os.utime(images / edited, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    count, since = len(list(images.iterdir())), time.time()
+    done = workflow.run(checkout, run, *("results/vase/" + name for name in FINAL), "--config", "rehash=true")
+    text = done.stdout + done.stderr
+    assert f"rehash: {edited} differs" in text and "vase_train_classifier" not in workflow.finished(text)
+    found = computed(run, since)
+    assert found["inspect_images"][0] == 3  # rewritten, renamed, edited
+    assert found["classify_images"][0] == found["embed_images"][0] == 2  # what was renamed is known by its content
+    tables = final_tables(run)
+
+    shards = len(pd.read_parquet(run / "results/state/vase/shards.parquet")["shard"].unique())
+    subprocess.run([sys.executable, "-m", "scripts.common.reshard"], cwd=run, check=True,
+                   env={**os.environ, "PYTHONPATH": str(checkout)})  # fmt: skip
+    after = pd.read_parquet(run / "results/state/vase/shards.parquet")["shard"].unique()
+    assert len(after) == -(-count // SETTINGS["vase"]["images_per_shard"]) < shards
+    since = time.time()
+    workflow.run(checkout, run, *("results/vase/" + name for name in FINAL))
+    assert {name: one[0] for name, one in computed(run, since).items()} == dict.fromkeys(STEPS, 0)
+    assert computed(run, since)["inspect_images"] == [0, count] and final_tables(run) == tables
+    for name in STEPS:
+        assert sorted({p.name[:6] for p in (run / "results/vase" / name).iterdir()}) == sorted(after)
+        kept = {p.name[:6] for p in (run / "results/state/vase" / name).glob("*/*")}
+        assert kept == set(after), name
+
+    (run / "results/state/vase/shards.parquet").unlink()
+    done = workflow.run(checkout, run, "vase_images", "--dry-run")
+    assert workflow.count_jobs(done.stdout + done.stderr).keys() <= FILTER
+    assert "made anew from the tables of" in done.stdout + done.stderr
+    (run / "results/state/vase/shards.parquet").write_bytes(b"PAR1 edited by hand PAR1")
+    (images / "one more.jpg").write_bytes(data)
+    done = workflow.run(checkout, run, "vase_list_images", "--dry-run")
+    assert workflow.count_jobs(done.stdout + done.stderr) == {"vase_inspect_images": 1, "vase_list_images": 1}
+    (images / "one more.jpg").unlink()
+
+    for name in ("inspect_images", "classify_images", "embed_images", "list_images", "link_classes", "select_views"):
+        shutil.rmtree(run / "results/vase" / name)
+    shutil.rmtree(run / "results/state/vase")
+    workflow.run(
+        checkout, run, *("results/vase/" + name for name in FINAL), "--config", "set=vase.images_per_shard=1000"
+    )
+    assert final_tables(run) == tables
+
+
+def test_without_rescan_the_last_scan_holds(finished_run, tmp_path):
+    checkout, run = finished_run[0], copy_of(finished_run[1], tmp_path)
+    for folder, number in (("images", 0), ("labelled/0", 1)):
+        first = sorted((run / "data/vase" / folder).iterdir())[number]
+        shutil.copy(first, first.with_name("one more.jpg"))
+    assert workflow.planned(checkout, run, "vase_images", "--config", "rescan=false") == {}
+    assert workflow.planned(checkout, run, "vase_images")["vase_inspect_images"] == 1
+    shutil.rmtree(run / "results/state/scans")
+    done = workflow.run(checkout, run, "vase_list_labelled", "--dry-run", "--config", "rescan=false")
+    assert "no earlier scan" in done.stdout + done.stderr
+    assert workflow.count_jobs(done.stdout + done.stderr) == {"vase_list_labelled": 1}
 
 
 def copy_of(run: Path, folder: Path) -> Path:

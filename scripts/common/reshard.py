@@ -60,7 +60,8 @@ def images_per_shard(results: Path, pipeline: str) -> int:
         KilnError: it has not recorded them.
     """
     path = results / "config.yaml"
-    value = (read_yaml(path).get(pipeline) or {}).get("images_per_shard")
+    section = read_yaml(path).get(pipeline) if path.is_file() else None
+    value = section.get("images_per_shard") if isinstance(section, dict) else None
     if not isinstance(value, int) or value < 1:
         raise KilnError(f"{path}: no {pipeline}.images_per_shard of 1 or more", "give --per-shard")
     return value

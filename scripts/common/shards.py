@@ -303,11 +303,11 @@ def assign(previous: ShardTable | None, found: Scan, per_shard: int) -> ShardTab
 
 
 def recover(tables: Iterable[Path], say: Callable[[str], None]) -> ShardTable | None:
-    """The shards of files as tables of each shard (`<shard>.parquet`, with a column `path`) have them; None: of none.
+    """Shards of files as tables of each shard (`<shard>.parquet`; columns path, generation) have them; None: of none.
 
     Where two name a file, the later shard has it: files move to new shards alone. Sizes and mtimes are unknown here.
     """
-    homes: dict[str, int] = {}
+    homes: dict[str, tuple[int, int]] = {}
     following = 0
     for path in sorted(tables, key=lambda path: shard_number(path.stem) or 0):
         number = shard_number(path.stem)
@@ -315,14 +315,15 @@ def recover(tables: Iterable[Path], say: Callable[[str], None]) -> ShardTable | 
             continue
         following = number + 1
         try:
-            homes |= dict.fromkeys(pq.read_table(path, columns=["path"])["path"].to_pylist(), number)
+            own = pq.read_table(path, columns=["path", "generation"]).to_pydict()
+            homes |= {name: (number, again) for name, again in zip(own["path"], own["generation"], strict=True)}
         except (pa.ArrowException, OSError, LookupError) as error:
             say(f"{path}: unreadable, its files count as new: {error}")
     if not homes:
         return None
     files = _columns([Item(path, 0, 0) for path in homes])
-    numbers = np.fromiter(homes.values(), np.int64, len(homes))
-    return ShardTable._sorted(files, numbers, None, 0, following)
+    numbers, generations = np.array(list(homes.values()), np.int64).T
+    return ShardTable._sorted(files, numbers, generations, 0, following)
 
 
 def refresh(

@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("mode", pa.string()),
         ("format", pa.string()),
         ("shard", pa.string()),
+        ("generation", pa.int64()),
         ("status", pa.string()),
         ("reason", pa.string()),
     ]
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
         parts.append(part)
         missing = missing.drop(index=where)
     rows = inspect_files(args.images, missing["path"].tolist(), values.max_pixels, step.threads(args))
-    frame = pd.concat([*parts, pd.DataFrame(rows, columns=SCHEMA.names)], ignore_index=True).assign(shard=args.shard)
+    frame = pd.concat([*parts, pd.DataFrame(rows, columns=SCHEMA.names)], ignore_index=True)
+    generations = frame["path"].map(listed.set_index("path")["generation"])
+    frame = frame.assign(shard=args.shard, generation=generations)
     tables.write_table(args.output, frame, ["path"], SCHEMA)
     quarantined = int((frame.status == "quarantined").sum())
     step.log.info("%s: %d images, %d quarantined", args.shard, len(frame), quarantined)

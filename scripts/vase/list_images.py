@@ -16,6 +16,8 @@ from scripts.common.errors import KilnError
 from scripts.vase.inspect_images import SCHEMA
 from scripts.vase.settings import ListSettings
 
+HISTORY = ["shard", "generation"]  # what follows from a folder's history, not from what it holds
+
 
 def compile_pattern(pattern: str) -> re.Pattern:
     """The view pattern, checked.
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     }
     folder = args.output_folder
     outputs = [folder / name for name in ("manifest.parquet", "quarantine.tsv", "duplicates.tsv", "summary.json")]
-    tables.write_table(outputs[0], frame.drop(columns="shard"), ["path"])  # shards follow from the folder's history
+    tables.write_table(outputs[0], frame.drop(columns=HISTORY), ["path"])
     bad = bad.sort_values("path")[["path", "reason"]]
     artefacts.write_text(outputs[1], bad.to_csv(sep="\t", index=False))
     artefacts.write_text(outputs[2], duplicates.to_csv(sep="\t", index=False))
