@@ -88,7 +88,12 @@ def _file_of(name: str, root: Path) -> Path | None:
     return None
 
 
-def _imports(name: str, path: Path) -> set[str]:
+def _imports(name: str, path: Path) -> frozenset[str]:
+    return _imports_of_file(name, path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@functools.cache
+def _imports_of_file(name: str, path: Path, mtime_ns: int, size: int) -> frozenset[str]:
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
     for node in ast.walk(_tree(path)):
@@ -102,7 +107,7 @@ def _imports(name: str, path: Path) -> set[str]:
             found.add(base)
             found.update(f"{base}.{alias.name}" for alias in node.names)
     parents = {".".join(n.split(".")[:i]) for n in found | {name} for i in range(1, n.count(".") + 1)}
-    return found | parents
+    return frozenset(found | parents)
 
 
 def _tree(path: Path) -> ast.Module:
