@@ -48,7 +48,9 @@ def peak_mb(pid: int, peaks: dict[int, float]) -> float:
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         now = {}
-        for process in (parent, *parent.children(recursive=True)):
+        own = parent.cmdline()  # a child of the same has not begun its own program, and shows its parent's memory
+        children = [one for one in parent.children(recursive=True) if _command(one) not in (None, own)]
+        for process in (parent, *children):
             with contextlib.suppress(OSError):  # it has just ended
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 peak = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
@@ -56,6 +58,13 @@ def peak_mb(pid: int, peaks: dict[int, float]) -> float:
                     now[process.pid] = peak
         peaks["most"] = max(peaks.get("most", 0.0), sum(now.values()))
     return peaks.get("most", 0.0)
+
+
+def _command(process: psutil.Process) -> list[str] | None:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return None
 
 
 def measure(command: Sequence[str]) -> Facts:
@@ -160,7 +169,9 @@ def busi(folder: Path, run: Runner, rows: int) -> None:
     data.busi_images(folder / "images", files)
     classes = ["--classes", *data.busi_listing.ListSettings().classes]
     listed, images = folder / "list_images", ["--images", folder / "images"]
-    run("list_images", files, images, "--output-folder", listed, "--meta", listed / "meta.json", of="busi", what="files")
+    run(
+        "list_images", files, images, "--output-folder", listed, "--meta", listed / "meta.json", of="busi", what="files"
+    )
     found = ["--output-folder", folder / "found", "--meta", folder / "found.meta.json"]
     manifest = ["--manifest", listed / "manifest.parquet"]
     run("find_duplicates", files, images, manifest, classes, found, of="busi", what="files")

@@ -61,8 +61,7 @@ def jpegs(side: int = 16) -> Iterator[bytes]:
 
 
 def vase_images(folder: Path, rows: int) -> None:
-    """folder/images with `rows` files, folder/inspect_images with their shards' tables, and the tables of labelled
-    images and of what the classifier and the embedding make of them: classify_images, embed_images, labelled.parquet."""
+    """folder/images with `rows` files, and tables by shard: folder/inspect_images, classify_images, embed_images."""
     per_folder, files = -(-rows // SHARDS), jpegs()
     rng, data = np.random.default_rng(0), b""
     for name in ("inspect_images", "classify_images", "embed_images"):

@@ -83,7 +83,9 @@ def find_twins(
     """
     left, right = (side.sort_values("path", ignore_index=True) for side in (left, right))
     chosen = [[pictures[path] for path in side["path"]] for side in (left, right)]
-    ours, theirs = (duplicates.Pictures(Subset(read.thumbnails, np.array(i, np.int64)), [read.pixels[n] for n in i]) for i in chosen)
+    ours, theirs = (
+        duplicates.Pictures(Subset(read.thumbnails, np.array(i, np.int64)), [read.pixels[n] for n in i]) for i in chosen
+    )
     pairs = duplicates.pairs_between(ours, theirs, threshold)
     return pd.DataFrame(
         {

@@ -5,12 +5,12 @@ Pearson's correlation of their 4096 values. Thumbnails are kept as bytes, so tha
 whole numbers: a similarity has the same bits whatever the block size, the threads or the order.
 
 Pictures that are alike in full are alike in their low frequencies: the distance of two unit vectors is never less than
-that of their first cosine coefficients. These 63 numbers name the candidates, block by block; blocks hold neighbours, and
-blocks that lie further apart than the threshold allows are not compared. No pair is missed, for any pictures.
+that of their first cosine coefficients. These 63 numbers name the candidates, block by block; blocks hold neighbours,
+and blocks that lie further apart than the threshold allows are not compared. No pair is missed, for any pictures.
 
 Cost: see benchmarks/README.md. Comparing still grows faster than n, as blocks of more pictures lie closer together, and
-with the square of n where nearly all are near-twins. Memory: 1 KB per picture, and blocks; thumbnails may lie in a file.
-There is never an n x n matrix, and the list of pairs is bounded.
+with the square of n where nearly all are near-twins. Memory: 1 KB per picture, and blocks; thumbnails may lie in a
+file. There is never an n x n matrix, and the list of pairs is bounded.
 """
 
 import functools
@@ -40,7 +40,7 @@ NO_LIMIT = 2**62  # the listing has refused over-large files already
 WAITING = 1_000_000  # pairs that are found before they are put together with the others
 FREQUENCIES = 8  # of either direction, the mean left out
 ORDERED_BY = 8  # of the coefficients, the lowest
-# Products of 65 float32 values, together at most 2, err by at most 2 * 65 * 2^-24 = 8e-6, and by 2e-7 for their rounding.
+# Products of 65 float32 values, at most 2 in sum, err by at most 2 * 65 * 2^-24 = 8e-6, and by 2e-7 for their rounding.
 _SLACK = 1e-5
 
 

@@ -32,7 +32,7 @@ class Stored:
             folder = folder.parent
         preflight.require_disk(folder, count * values, "thumbnails")
         self._count, self._values = count, values
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         try:
             for one in made:
                 self._file.write(one.tobytes())
