@@ -10,13 +10,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import open_clip
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from benchmarks import busi_duplicates
 from scripts.biomedica import index_local
@@ -25,8 +22,6 @@ from scripts.biomedica.sides import SIDES, article_of, side_of
 from scripts.busi import list_images as busi_listing
 from scripts.coca import list_slides
 from scripts.common import artefacts
-from scripts.vase import clip
-from scripts.vase.embed_images import write_embeddings
 from scripts.vase.inspect_images import SCHEMA
 from scripts.vase.settings import DIMENSIONS
 
@@ -62,6 +57,8 @@ def jpegs(side: int = 16) -> Iterator[bytes]:
 
 def vase_images(folder: Path, rows: int) -> None:
     """folder/images with `rows` files, and tables by shard: folder/inspect_images, classify_images, embed_images."""
+    from scripts.vase.embed_images import write_embeddings  # imports torch
+
     per_folder, files = -(-rows // SHARDS), jpegs()
     rng, data = np.random.default_rng(0), b""
     for name in ("inspect_images", "classify_images", "embed_images"):
@@ -115,6 +112,12 @@ def used_by_classifier(path: Path, labelled: Path) -> None:
 
 def clip_model(folder: Path) -> None:
     """A small CLIP with embeddings of the published width."""
+    import open_clip  # seconds, and memory, that the other parts do without
+    import torch
+    from safetensors.torch import save_file
+
+    from scripts.vase import clip
+
     config = {
         "embed_dim": WIDTH,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},

@@ -21,7 +21,7 @@ from scripts.busi.thumbnails import Stored, Subset
 from scripts.common import images, tables
 from scripts.vase.inspect_images import SCHEMA
 
-FEW, MANY = 20_000, 60_000
+FEW, MANY = 15_000, 50_000
 BYTES_PER_ROW = 1800
 VIEWS = 8
 PEAK = """

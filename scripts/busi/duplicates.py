@@ -8,9 +8,9 @@ Pictures that are alike in full are alike in their low frequencies: the distance
 that of their first cosine coefficients. These 63 numbers name the candidates, block by block; blocks hold neighbours,
 and blocks that lie further apart than the threshold allows are not compared. No pair is missed, for any pictures.
 
-Cost: see benchmarks/README.md. Comparing still grows faster than n, as blocks of more pictures lie closer together, and
-with the square of n where nearly all are near-twins. Memory: 1 KB per picture, and blocks; thumbnails may lie in a
-file. There is never an n x n matrix, and the list of pairs is bounded.
+Cost: see benchmarks/README.md. Comparing grows faster than n, with the square of n at worst: where nearly all are
+near-twins, or are fine grain alone, without low frequencies. Memory: 1 KB per picture, and blocks; thumbnails may lie
+in a file. There is never an n x n matrix, and the list of pairs is bounded.
 """
 
 import functools
@@ -149,14 +149,14 @@ def similar_blocks(
     """
     ours = _prepared(left, block)
     theirs = ours if right is None else _prepared(right, block)
-    swapped = theirs.points[:, [*range(theirs.points.shape[1] - 2), -1, -2]]
+    swapped = [*range(ours.points.shape[1] - 2), -1, -2]
     for a in progress.bar(range(len(ours.low)), "compare blocks"):
         gap = np.maximum(theirs.low - ours.high[a], ours.low[a] - theirs.high).clip(min=0)
         close = np.flatnonzero((gap**2).sum(axis=1) <= 2 * (1 - threshold + _SLACK))
         for b in close if right is not None else close[close >= a]:
             mine, other = (slice(one * block, (one + 1) * block) for one in (a, b))
             # p.q - |p|^2/2 - |q|^2/2 = -|p-q|^2/2, which is no less than the correlation minus 1
-            near = ours.points[mine] @ swapped[other].T >= threshold - 1 - _SLACK
+            near = ours.points[mine] @ theirs.points[other][:, swapped].T >= threshold - 1 - _SLACK
             if right is None and a == b:
                 near = np.triu(near, 1)
             rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
@@ -200,8 +200,8 @@ def _prepared(thumbs: Thumbnails, block: int) -> _Side:
         spread[own] = VALUES * np.einsum("ij,ij->i", values, values) - sums[own] ** 2
         length = np.sqrt(np.maximum(spread[own], 1) / VALUES)
         points[own, :-2] = values @ _waves() / length[:, None]
-    points[:, -2] = -np.square(points[:, :-2], dtype=np.float64).sum(axis=1) / 2
-    points[:, -1] = 1
+        points[own, -2] = -np.square(points[own, :-2], dtype=np.float64).sum(axis=1) / 2
+        points[own, -1] = 1
     rows = np.flatnonzero(spread > 0)
     rows = rows[cKDTree(points[rows, :ORDERED_BY], leafsize=min(block, 64)).indices]
     points = points[rows]
