@@ -23,6 +23,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
@@ -30,6 +31,7 @@ from scripts.busi import duplicates, published
 from scripts.busi.list_images import image_of_mask
 from scripts.busi.settings import AuditSettings, ListSettings
 from scripts.busi.split import SIDES, read_splits
+from scripts.busi.thumbnails import Subset
 from scripts.common import artefacts, images, inspection, shards, step, tables
 from scripts.common.errors import KilnError
 
@@ -81,7 +83,9 @@ def find_twins(
     """
     left, right = (side.sort_values("path", ignore_index=True) for side in (left, right))
     chosen = [[pictures[path] for path in side["path"]] for side in (left, right)]
-    ours, theirs = (duplicates.Pictures(read.thumbnails[i], [read.pixels[n] for n in i]) for i in chosen)
+    ours, theirs = (
+        duplicates.Pictures(Subset(read.thumbnails, np.array(i, np.int64)), [read.pixels[n] for n in i]) for i in chosen
+    )
     pairs = duplicates.pairs_between(ours, theirs, threshold)
     return pd.DataFrame(
         {
@@ -196,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
     lowest = min([*values.thresholds, *([] if args.require_clean is None else [args.require_clean])])
     trained = pd.concat([frame for side, frame in found.items() if side != "test"])
     with threadpool_limits(processes, "blas"):
-        read = duplicates.read(args.images, paths, processes)
+        read = duplicates.read(args.images, paths, processes, args.output.parent)
         twins = {"test and train": find_twins(found["test"], trained, numbers, read, lowest)}
         if "validation" in found:
             within = find_twins(found["validation"], found["train"], numbers, read, lowest)

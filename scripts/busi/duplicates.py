@@ -4,13 +4,16 @@ A thumbnail is the whole picture in 64x64 grey levels, each the mean of its area
 Pearson's correlation of their 4096 values. Thumbnails are kept as bytes, so that sums and products are
 whole numbers: a similarity has the same bits whatever the block size, the threads or the order.
 
-Cost, on one core of an AMD EPYC. Reading: 3 ms per BUSI image. Comparing grows with the square of n: 0.1 s for 780
-pictures, 16 s for 20,000 (both measured), hence 7 minutes for 100,000 (extrapolated); eight times that where nearly all
-are near-twins. Memory: three times 4 KB per picture at most, and blocks; 0.43 GB for 20,000 in blocks of 2048
-(measured), hence 1.5 GB for 100,000 (extrapolated), and 0.6 GB more in blocks where all are near-twins. There is never
-an n x n matrix, and the list of pairs is bounded.
+Pictures that are alike in full are alike in their low frequencies: the distance of two unit vectors is never less than
+that of their first cosine coefficients. These 63 numbers name the candidates, block by block; blocks hold neighbours,
+and blocks that lie further apart than the threshold allows are not compared. No pair is missed, for any pictures.
+
+Cost: see benchmarks/README.md. Comparing grows faster than n, with the square of n at worst: where nearly all are
+near-twins, or are fine grain alone, without low frequencies. Memory: 1 KB per picture, and blocks; thumbnails may lie
+in a file. There is never an n x n matrix, and the list of pairs is bounded.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +23,12 @@ import joblib
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy import fft
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
+from scripts.busi.thumbnails import Stored, Subset, Thumbnails
 from scripts.common import images, progress
 from scripts.common.errors import KilnError
 
@@ -31,19 +37,22 @@ VALUES = SIDE * SIDE
 BLOCK = 1024
 MOST_PAIRS = 1_000_000
 NO_LIMIT = 2**62  # the listing has refused over-large files already
-# Products of unit vectors in float32 err by at most 4096 * 2^-24 = 2.4e-4, and by 2e-7 for the vectors' own rounding.
-_SLACK = 3e-4
+WAITING = 1_000_000  # pairs that are found before they are put together with the others
+FREQUENCIES = 8  # of either direction, the mean left out
+ORDERED_BY = 8  # of the coefficients, the lowest
+# Products of 65 float32 values, at most 2 in sum, err by at most 2 * 65 * 2^-24 = 8e-6, and by 2e-7 for their rounding.
+_SLACK = 1e-5
 
 
 class Pictures(NamedTuple):
     """What is compared of n pictures.
 
     Attributes:
-        thumbnails: uint8 [n, 4096], grey.
+        thumbnails: uint8 [n, 4096], grey; an array, or what is indexed like one.
         pixels: n hex digests of size and decoded RGB pixels, whatever the file's format.
     """
 
-    thumbnails: np.ndarray
+    thumbnails: Thumbnails
     pixels: list[str]
 
 
@@ -64,16 +73,28 @@ class Duplicates(NamedTuple):
     identical: int
 
 
-def read(folder: Path, paths: Sequence[str], processes: int) -> Pictures:
+def read(folder: Path, paths: Sequence[str], processes: int, scratch: Path | None = None) -> Pictures:
     """Decode the pictures at `paths` below `folder`, each once; see `images.open_rgb` for odd formats.
 
+    Args:
+        scratch: folder on whose disk the thumbnails lie, 4 KB each; None: they are in memory.
+
     Raises:
-        KilnError: a file is gone or no longer readable.
+        KilnError: a file is gone or no longer readable, or there is no room for the thumbnails.
     """
     work = (joblib.delayed(_read_one)(folder / path) for path in progress.bar(paths, "read"))
     # threads, not processes: Pillow and hashlib release the GIL while they work
-    made = joblib.Parallel(n_jobs=processes, prefer="threads")(work)
-    return Pictures(np.array([t for t, _ in made], np.uint8).reshape(-1, VALUES), [digest for _, digest in made])
+    made = joblib.Parallel(n_jobs=processes, prefer="threads", return_as="generator")(work)
+    digests: list[str] = []
+
+    def thumbnails() -> Iterator[np.ndarray]:
+        for thumbnail, digest in made:
+            digests.append(digest)
+            yield thumbnail
+
+    if scratch is None:
+        return Pictures(np.array(list(thumbnails()), np.uint8).reshape(-1, VALUES), digests)
+    return Pictures(Stored(scratch, thumbnails(), len(paths), VALUES), digests)
 
 
 def _read_one(path: Path) -> tuple[np.ndarray, str]:
@@ -90,13 +111,33 @@ def _read_one(path: Path) -> tuple[np.ndarray, str]:
     return np.asarray(grey).reshape(-1), digest.hexdigest()
 
 
+class _Side(NamedTuple):
+    """Thumbnails of more than one grey level, neighbours together, in blocks.
+
+    Attributes:
+        thumbs: all thumbnails.
+        sums, spread: float64 [n], the sum of each one's values, and 4096 times their squared distance from the mean.
+        rows: int64 [m], the numbers of those that are compared.
+        points: float32 [m,65], their first coefficients p, then -|p|^2/2 and 1.
+        low, high: float32 [blocks,63], bounds of the coefficients of each block.
+    """
+
+    thumbs: Thumbnails
+    sums: np.ndarray
+    spread: np.ndarray
+    rows: np.ndarray
+    points: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
 def similar_blocks(
-    left: np.ndarray, right: np.ndarray | None, threshold: float, block: int = BLOCK
+    left: Thumbnails, right: Thumbnails | None, threshold: float, block: int = BLOCK
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pairs of thumbnails at or above `threshold`, block by block.
 
-    A float32 matrix product names the candidates, with some slack; their similarities are then computed from whole
-    numbers. A thumbnail of one grey level has no correlation and is in no pair.
+    Coefficients name the candidates, with some slack; their similarities are then computed from whole numbers. A
+    thumbnail of one grey level has no correlation and is in no pair.
 
     Args:
         left: uint8 [n, 4096].
@@ -104,29 +145,31 @@ def similar_blocks(
         threshold: in (0, 1].
         block: thumbnails of either side at a time.
 
-    Yields: (i, j, similarity), int64, int64 and float64 arrays of one length, maybe none.
+    Yields: (i, j, similarity), int64, int64 and float64 arrays of one length, not none.
     """
-    other = left if right is None else right
-    ours = _moments(left)
-    theirs = ours if right is None else _moments(right)
-    starts = [
-        (a, b) for a in range(0, len(left), block) for b in range(0 if right is not None else a, len(other), block)
-    ]
-    held, units = None, None
-    for a, b in progress.bar(starts, "compare blocks"):
-        if a != held:
-            held, units = a, _units(left, ours, a, block)
-        near = units @ _units(other, theirs, b, block).T >= threshold - _SLACK
-        if right is None and a == b:
-            near = np.triu(near, 1)
-        rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
-        exact = _correlation(left, ours, a + rows, other, theirs, b + columns)
-        found = np.nonzero(near[np.ix_(rows, columns)] & (exact >= threshold))
-        yield a + rows[found[0]], b + columns[found[1]], exact[found]
+    ours = _prepared(left, block)
+    theirs = ours if right is None else _prepared(right, block)
+    swapped = [*range(ours.points.shape[1] - 2), -1, -2]
+    for a in progress.bar(range(len(ours.low)), "compare blocks"):
+        gap = np.maximum(theirs.low - ours.high[a], ours.low[a] - theirs.high).clip(min=0)
+        close = np.flatnonzero((gap**2).sum(axis=1) <= 2 * (1 - threshold + _SLACK))
+        for b in close if right is not None else close[close >= a]:
+            mine, other = (slice(one * block, (one + 1) * block) for one in (a, b))
+            # p.q - |p|^2/2 - |q|^2/2 = -|p-q|^2/2, which is no less than the correlation minus 1
+            near = ours.points[mine] @ theirs.points[other][:, swapped].T >= threshold - 1 - _SLACK
+            if right is None and a == b:
+                near = np.triu(near, 1)
+            rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
+            i, j = ours.rows[mine][rows], theirs.rows[other][columns]
+            exact = _correlation(ours, i, theirs, j)
+            found = np.nonzero(near[np.ix_(rows, columns)] & (exact >= threshold))
+            if len(found[0]):
+                ends = i[found[0]], j[found[1]]
+                yield *(ends if right is not None else (np.minimum(*ends), np.maximum(*ends))), exact[found]
 
 
 def similar_pairs(
-    left: np.ndarray, right: np.ndarray | None, threshold: float, block: int = BLOCK
+    left: Thumbnails, right: Thumbnails | None, threshold: float, block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All pairs of `similar_blocks` in one (i, j, similarity), sorted by i and j."""
     found = list(similar_blocks(left, right, threshold, block))
@@ -137,37 +180,46 @@ def similar_pairs(
     return i[order], j[order], similarity[order]
 
 
-def _moments(thumbs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per thumbnail the sum of its values, and 4096 times their squared distance from the mean; whole float64."""
-    sums, squares = np.empty(len(thumbs)), np.empty(len(thumbs))
-    for start in range(0, len(thumbs), 256):
-        values = thumbs[start : start + 256].astype(np.float64)
-        sums[start : start + 256] = values.sum(axis=1)
-        squares[start : start + 256] = np.einsum("ij,ij->i", values, values)
-    return sums, VALUES * squares - sums**2
+@functools.cache
+def _waves() -> np.ndarray:
+    """float64 [4096,63] of orthonormal columns: cosines of low frequency, the lowest first, without the mean."""
+    rows = fft.dct(np.eye(SIDE), axis=0, norm="ortho")[:FREQUENCIES]
+    both = np.einsum("ky,lx->klyx", rows, rows).reshape(-1, VALUES)
+    order = np.argsort(np.add.outer(*[np.arange(FREQUENCIES) ** 2] * 2).ravel(), kind="stable")
+    return np.ascontiguousarray(both[order[1:]].T)
 
 
-def _units(thumbs: np.ndarray, moments: tuple[np.ndarray, np.ndarray], start: int, block: int) -> np.ndarray:
-    """float32 [block, 4096] of mean 0 and length 1; zeros for a thumbnail of one grey level."""
-    sums, spread = (values[start : start + block] for values in moments)
-    centred = thumbs[start : start + block].astype(np.float32)
-    centred *= VALUES
-    centred -= sums.astype(np.float32)[:, None]  # whole numbers below 2^24: exact
-    length = np.sqrt(VALUES * spread)
-    centred *= np.divide(1, length, out=np.zeros_like(length), where=length > 0).astype(np.float32)[:, None]
-    return centred
+def _prepared(thumbs: Thumbnails, block: int) -> _Side:
+    count = len(thumbs)
+    sums, spread = np.empty(count), np.empty(count)
+    points = np.empty((count, FREQUENCIES**2 + 1), np.float32)
+    for start in range(0, count, 256):
+        own = slice(start, min(start + 256, count))
+        values = thumbs[np.arange(own.start, own.stop)].astype(np.float64)
+        sums[own] = values.sum(axis=1)
+        spread[own] = VALUES * np.einsum("ij,ij->i", values, values) - sums[own] ** 2
+        length = np.sqrt(np.maximum(spread[own], 1) / VALUES)
+        points[own, :-2] = values @ _waves() / length[:, None]
+        points[own, -2] = -np.square(points[own, :-2], dtype=np.float64).sum(axis=1) / 2
+        points[own, -1] = 1
+    rows = np.flatnonzero(spread > 0)
+    rows = rows[cKDTree(points[rows, :ORDERED_BY], leafsize=min(block, 64)).indices]
+    points = points[rows]
+    starts = np.arange(0, len(rows), block)
+    kept = points[:, :-2]
+    low, high = (bound.reduceat(kept, starts) if len(rows) else kept for bound in (np.minimum, np.maximum))
+    return _Side(thumbs, sums, spread, rows, points, low, high)
 
 
-def _correlation(left, ours, rows: np.ndarray, right, theirs, columns: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of some rows of `left` with some of `right`; 0 for a thumbnail of one grey level.
+def _correlation(ours: _Side, rows: np.ndarray, theirs: _Side, columns: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of some thumbnails of one side with some of the other, none of one grey level.
 
     Products and sums are whole numbers below 2^53, so that no order of summation changes a bit. Rounding is monotone:
     none is above 1.
     """
-    products = left[rows].astype(np.float64) @ right[columns].astype(np.float64).T
-    joint = VALUES * products - np.outer(ours[0][rows], theirs[0][columns])
-    scale = np.sqrt(np.outer(ours[1][rows], theirs[1][columns]))
-    return np.divide(joint, scale, out=np.zeros_like(joint), where=scale > 0)
+    products = ours.thumbs[rows].astype(np.float64) @ theirs.thumbs[columns].astype(np.float64).T
+    joint = VALUES * products - np.outer(ours.sums[rows], theirs.sums[columns])
+    return joint / np.sqrt(np.outer(ours.spread[rows], theirs.spread[columns]))
 
 
 def find(pictures: Pictures, threshold: float, block: int = BLOCK, most: int = MOST_PAIRS) -> Duplicates:
@@ -182,12 +234,11 @@ def find(pictures: Pictures, threshold: float, block: int = BLOCK, most: int = M
     identical = int((sizes * (sizes - 1) // 2).sum())
     total, component = identical, np.arange(len(first))
     near = pd.DataFrame({"first": np.empty(0, np.int64), "second": np.empty(0, np.int64), "similarity": np.empty(0)})
-    for i, j, similarity in similar_blocks(pictures.thumbnails[first], None, threshold, block):
-        if len(i):
-            total += int(sizes[i] @ sizes[j])
-            component = _joined(component, i, j)
-            found = pd.DataFrame({"first": first[i], "second": first[j], "similarity": similarity})
-            near = _most_similar(pd.concat([near, found], ignore_index=True), most)
+    for i, j, similarity in _gathered(similar_blocks(Subset(pictures.thumbnails, first), None, threshold, block)):
+        total += int(sizes[i] @ sizes[j])
+        component = _joined(component, i, j)
+        found = pd.DataFrame({"first": first[i], "second": first[j], "similarity": similarity})
+        near = _most_similar(pd.concat([near, found], ignore_index=True), most)
     groups = pd.Series(np.arange(len(copies))).groupby(component[copies]).transform("min").to_numpy()
     same = pd.DataFrame({"first": first[copies], "second": np.arange(len(copies)), "similarity": 1.0})
     same = same[same["first"] < same["second"]]
@@ -196,6 +247,20 @@ def find(pictures: Pictures, threshold: float, block: int = BLOCK, most: int = M
     pairs = pd.concat([same.assign(identical=True), near.assign(identical=False)], ignore_index=True)
     pairs = _most_similar(pairs, most).sort_values(["first", "second"], ignore_index=True)
     return Duplicates(groups, pairs, total, identical)
+
+
+def _gathered(blocks: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+    """The same pairs, many at a time: each time costs as much as there are pictures."""
+    waiting: list[tuple[np.ndarray, ...]] = []
+    count = 0
+    for found in blocks:
+        waiting.append(found)
+        count += len(found[0])
+        if count >= WAITING:
+            yield tuple(map(np.concatenate, zip(*waiting, strict=True)))
+            waiting, count = [], 0
+    if waiting:
+        yield tuple(map(np.concatenate, zip(*waiting, strict=True)))
 
 
 def _joined(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
             "give the classes that the images were listed with, in their order",
         )
     with threadpool_limits(step.threads(args), "blas"):
-        pictures = duplicates.read(args.images, frame["path"].tolist(), step.threads(args))
+        pictures = duplicates.read(args.images, frame["path"].tolist(), step.threads(args), args.output_folder)
         found = duplicates.find(pictures, values.threshold, values.block)
     groups, pairs = group_table(frame, found.groups), pair_table(frame, found.pairs)
     sizes = groups.groupby("group").agg(images=("path", "size"), conflict=("conflict", "first"))

@@ -7,6 +7,7 @@ which settings, inputs, code and packages made it, how long that took and what i
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -83,8 +84,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically; NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Indented JSON with a final newline, atomically, never whole in memory; NaN is refused."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(value))
+        file.write("\n")
 
 
 def read_json(path: Path) -> Any:
@@ -151,19 +154,29 @@ def link_folder(folder: Path, links: Mapping[str, Path], records: Mapping[str, M
     A name may hold subfolders; targets are never copied. `records` gives what `files.json` says of
     each name (bytes, sha256), taken from a manifest so that nothing is read again.
     """
-    if "files.json" in links:
-        raise ValueError("files.json is the listing's own name")
+    link_rows(folder, ((name, links[name], (records or {}).get(name, {})) for name in sorted(links)))
+
+
+def link_rows(folder: Path, rows: Iterable[tuple[str, Path | str, Mapping]]) -> None:
+    """`link_folder` of (name, target, record), in order of name; memory does not grow with their number."""
     final = folder.parent.resolve() / folder.name  # the folder itself is replaced, even where it is a link
-    with atomic_folder(folder) as temporary:
-        made = set()
-        for name, target in links.items():
-            place = temporary / name
-            if place.parent not in made:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                made.add(place.parent)
-            os.symlink(os.path.relpath(os.path.abspath(target), (final / name).parent), place)
-        listing = {name: dict((records or {}).get(name, {})) for name in sorted(links)}
-        (temporary / "files.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    with atomic_folder(folder) as temporary, (temporary / "files.json").open("w", encoding="utf-8") as listing:
+        relative = functools.cache(os.path.relpath)
+        made, between = set(), "\n"
+        listing.write("{")
+        for name, target, record in rows:
+            if name == "files.json":
+                raise ValueError("files.json is the listing's own name")
+            place = os.path.dirname(name)
+            if place not in made:
+                (temporary / place).mkdir(parents=True, exist_ok=True)
+                made.add(place)
+            above, file = os.path.split(os.path.abspath(target))
+            way = relative(above, os.path.normpath(final / place))
+            os.symlink(os.path.normpath(os.path.join(way, file)), temporary / name)
+            listing.write(between + json.dumps({name: dict(record)}, indent=1)[2:-2])
+            between = ",\n"
+        listing.write("}\n" if between == "\n" else "\n}\n")
 
 
 def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

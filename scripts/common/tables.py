@@ -42,8 +42,10 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         if path.suffix.lower() == ".csv":
             gaps = {name: GAPS for name in pd.read_csv(path, nrows=0).columns if name not in TEXT}
             frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), na_values=gaps, keep_default_na=False)
+            there = list(frame.columns)
         else:
-            frame = pd.read_parquet(path)
+            there = pq.read_schema(path).names
+            frame = pd.read_parquet(path, columns=[name for name in there if name in columns])
     except FileNotFoundError:
         raise KilnError(f"{path}: no such table", "check the path, or run the rule that makes it") from None
     except (pa.ArrowException, ValueError, OSError) as error:
@@ -52,7 +54,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise KilnError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(frame.columns)}", "check which table this is"
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(there)}", "check which table this is"
         )
     return frame[list(columns)]
 

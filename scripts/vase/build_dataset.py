@@ -12,7 +12,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -87,27 +87,38 @@ def facts_text(known: Mapping[str, Counter]) -> str:
     return json.dumps(chosen, ensure_ascii=False, sort_keys=True) if chosen else ""
 
 
-def chat_rows(rows: Iterable[PublishedRow], vase_of: Mapping[str, str], facts: Mapping[str, str]) -> list[dict]:
-    """Rows as they are written, with the answer's turn, in order of id."""
+class Named(NamedTuple):
+    """A row that is kept, its id, and the vase of its first picture."""
+
+    id: str
+    vase: str
+    row: PublishedRow
+
+
+def named_rows(rows: Iterable[PublishedRow], vase_of: Mapping[str, str]) -> list[Named]:
+    """Rows in order of their ids, which depend on the rows alone."""
     made = []
     numbers: Counter = Counter()
     for row in sorted(rows, key=lambda row: (row.images, row.turns, row.dimension)):
-        vases = {vase_of[path]: None for path in row.images}
-        vase = next(iter(vases))
+        vase = vase_of[row.images[0]]
         name = f"{vase}/{PurePosixPath(row.images[0]).stem}/{row.dimension}"
         numbers[name] += 1
-        made.append(
-            {
-                "id": name if numbers[name] == 1 else f"{name}#{numbers[name]}",
-                "vase": vase,
-                "dimension": row.dimension,
-                "messages": [{"role": role, "content": text} for role, text in row.turns],
-                "images": list(row.images),
-                "reference": row.answer,
-                "facts": facts.get(vase, "") if len(vases) == 1 else "",
-            }
-        )
-    return sorted(made, key=lambda row: row["id"])
+        made.append(Named(name if numbers[name] == 1 else f"{name}#{numbers[name]}", vase, row))
+    return sorted(made, key=lambda one: one.id)
+
+
+def chat_row(one: Named, vase_of: Mapping[str, str], facts: Mapping[str, str]) -> dict:
+    """A row as it is written, with the answer's turn."""
+    row = one.row
+    return {
+        "id": one.id,
+        "vase": one.vase,
+        "dimension": row.dimension,
+        "messages": [{"role": role, "content": text} for role, text in row.turns],
+        "images": list(row.images),
+        "reference": row.answer,
+        "facts": facts.get(one.vase, "") if len({vase_of[path] for path in row.images}) == 1 else "",
+    }
 
 
 def without_answer(row: Mapping[str, Any]) -> dict:
@@ -142,8 +153,9 @@ def read_sides(path: Path) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping]) -> None:
-    """`rows` as JSON Lines, UTF-8."""
-    artefacts.write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    """`rows` as JSON Lines, UTF-8, one at a time."""
+    with artefacts.atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,9 +178,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = {n: getattr(args, n) for n in ("manifest", "accepted", "best_views", "splits")} | given
     record = step.record(args, "scripts.vase.build_dataset", values, inputs)
     columns = ["path", "vase", "status", "sha256", "width", "height"]
-    manifest = tables.read_table(args.manifest, columns).set_index("path")
-    listed = manifest[["vase", "status", "sha256"]].to_dict("index")
-    vase_of = {path: one["vase"] for path, one in listed.items()}
+    manifest = tables.read_table(args.manifest, columns)
     accepted = tables.read_table(args.accepted, ["path", "accepted"]).set_index("path")["accepted"].to_dict()
     best = tables.read_table(args.best_views, ["vase", "path"]).set_index("vase")["path"].to_dict()
     sides = read_sides(args.splits)
@@ -180,8 +190,13 @@ def run(args: argparse.Namespace) -> None:
             f"{' and '.join(map(str, given.values())) or 'neither captions nor questions given'}: no rows",
             "set vase.dataset.captions or vase.dataset.questions to a file with rows",
         )
-    rows = [with_best_view(row, best) for row in match_images(rows, listed)]
-    vases = set(vase_of.values())
+    rows = match_images(rows, manifest["path"])
+    for number, row in enumerate(rows):  # in place: rows are what takes memory
+        rows[number] = with_best_view(row, best)
+    vases = set(manifest["vase"].unique())
+    asked = manifest[manifest["path"].isin({path for row in rows for path in row.images})].set_index("path")
+    listed = asked[["vase", "status", "sha256"]].to_dict("index")
+    vase_of = {path: one["vase"] for path, one in listed.items()}
     reasons = [why_dropped(row, listed, vases, accepted, sides) for row in rows]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     ok = manifest.loc[manifest["status"] == "ok", ["width", "height"]].astype("int64")
@@ -193,9 +208,10 @@ def run(args: argparse.Namespace) -> None:
         columns=["file", "row", "image_or_vase", "reason"],
     )
     answers = facts_of(rows, vase_of)
-    by_side: dict[str, list[dict]] = {side: [] for side in SIDES}
-    for row in chat_rows(kept, vase_of, {vase: facts_text(known) for vase, known in answers.items()}):
-        by_side[sides[row["vase"]]].append(row)
+    facts = {vase: facts_text(known) for vase, known in answers.items()}
+    by_side: dict[str, list[Named]] = {side: [] for side in SIDES}
+    for one in named_rows(kept, vase_of):
+        by_side[sides[one.vase]].append(one)
     by_reason = {reason: int((dropped["reason"] == reason).sum()) for reason in DROPPED}
     counts = tables.reconcile("vase_build_dataset", len(rows), **{s: len(r) for s, r in by_side.items()}, **by_reason)
     empty = [side for side, own in by_side.items() if not own]
@@ -207,18 +223,19 @@ def run(args: argparse.Namespace) -> None:
             "give rows about more vases, or accept more images (vase.threshold) or deal anew (vase.split)",
         )
 
-    train_vases = {row["vase"] for row in by_side["train"]}
+    train_vases = {one.vase for one in by_side["train"]}
     seen = seen_by_sft(train_vases, values.sft_share, values.seed)
     files = {
-        "sft_train": [row for row in by_side["train"] if row["vase"] in seen],
+        "sft_train": [one for one in by_side["train"] if one.vase in seen],
         "sft_validation": by_side["validation"],
-        "grpo_train": [without_answer(row) for row in by_side["train"]],
-        "grpo_validation": [without_answer(row) for row in by_side["validation"]],
+        "grpo_train": by_side["train"],
+        "grpo_validation": by_side["validation"],
         "test": by_side["test"],
     }
     folder = args.output_folder
     for name, own in files.items():
-        write_rows(folder / f"{name}.jsonl", own)
+        written = (chat_row(one, vase_of, facts) for one in own)
+        write_rows(folder / f"{name}.jsonl", map(without_answer, written) if name.startswith("grpo") else written)
     artefacts.write_text(folder / "dropped.tsv", dropped.to_csv(sep="\t", index=False, lineterminator="\n"))
     summary = {
         "rows": counts,
@@ -239,13 +256,13 @@ def run(args: argparse.Namespace) -> None:
     record.write(args.meta, outputs, items=len(rows))
 
 
-def describe(rows: Sequence[Mapping]) -> dict[str, Any]:
+def describe(rows: Sequence[Named]) -> dict[str, Any]:
     """What summary.json says of one side: rows, vases, images, rows by dimension."""
-    dimensions = Counter(row["dimension"] for row in rows)
+    dimensions = Counter(one.row.dimension for one in rows)
     return {
         "rows": len(rows),
-        "vases": len({row["vase"] for row in rows}),
-        "images": len({path for row in rows for path in row["images"]}),
+        "vases": len({one.vase for one in rows}),
+        "images": len({path for one in rows for path in one.row.images}),
         "dimensions": {name: dimensions[name] for name in KINDS if dimensions[name]},
     }
 

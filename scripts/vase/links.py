@@ -15,7 +15,9 @@ def link_images(folder: Path, rows: pd.DataFrame, images: Path) -> None:
         rows: columns name, path, bytes, sha256; names are unique.
         images: folder that the paths are relative to.
     """
-    links = {name: images / path for name, path in zip(rows["name"], rows["path"], strict=True)}
-    facts = zip(rows["name"], rows["bytes"], rows["sha256"], strict=True)
-    records = {name: {"bytes": int(size), "sha256": digest} for name, size, digest in facts}
-    artefacts.link_folder(folder, links, records)
+    ordered = rows[["name", "path", "bytes", "sha256"]].sort_values("name")
+    linked = (
+        (row.name, f"{images}/{row.path}", {"bytes": int(row.bytes), "sha256": row.sha256})
+        for row in ordered.itertuples(index=False)
+    )
+    artefacts.link_rows(folder, linked)

@@ -5,11 +5,12 @@ answer, dimension, and image, images or vase}. Further keys are left alone.
 """
 
 import dataclasses
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from scripts.common.errors import KilnError
 from scripts.vase.settings import CAPTION
@@ -20,7 +21,7 @@ QUESTION_KEYS = "each row is {question, answer, dimension, and image, images or 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PublishedRow:
     """One conversation about pictures.
 
@@ -112,15 +113,19 @@ def match_images(rows: Iterable[PublishedRow], paths: Iterable[str]) -> list[Pub
         KilnError: a file name that several paths have.
     """
     known = set(paths)
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(known):
-        by_name[PurePosixPath(path).name].append(path)
+
+    @functools.cache
+    def by_name() -> dict[str, list[str]]:  # most files name images as they are listed, or none
+        found = defaultdict(list)
+        for path in sorted(known):
+            found[PurePosixPath(path).name].append(path)
+        return found
 
     def meant(name: str, where: str) -> str:
         written = PurePosixPath(name.replace("\\", "/"))
         if written.as_posix() in known:
             return written.as_posix()
-        found = by_name.get(written.name, [])
+        found = by_name().get(written.name, [])
         if len(found) > 1:
             raise KilnError(
                 f"{where}: image {name} may be any of {len(found)} files: {', '.join(found[:4])}",
@@ -128,29 +133,38 @@ def match_images(rows: Iterable[PublishedRow], paths: Iterable[str]) -> list[Pub
             )
         return found[0] if found else name
 
-    return [dataclasses.replace(row, images=tuple(meant(name, row.where) for name in row.images)) for row in rows]
+    def matched(row: PublishedRow) -> PublishedRow:
+        images = tuple(meant(name, row.where) for name in row.images)
+        return row if images == row.images else dataclasses.replace(row, images=images)
+
+    return [matched(row) for row in rows]
 
 
-def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """[(row number, the row)] of a JSON list, or of JSON Lines where the file ends in .jsonl."""
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, the row) of a JSON list, or of JSON Lines where the file ends in .jsonl, which is read by line."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, row in _lines(path, file) if path.suffix.lower() == ".jsonl" else _elements(path, file):
+                if not isinstance(row, dict):
+                    raise KilnError(f"{path}, row {number}: {row!r:.60}, expected an object", "write {...}")
+                yield number, row
     except OSError as error:
         raise KilnError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
     except UnicodeDecodeError as error:
         raise KilnError(f"{path}: not UTF-8: {error}", "save it as UTF-8") from None
-    if path.suffix.lower() == ".jsonl":
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [(n, _json(line, f"{path}, row {n}", "each line is one {...}")) for n, line in lines if line.strip()]
-    else:
-        found = _json(text, str(path), "mend it; one object per line belongs into a .jsonl")
-        if not isinstance(found, list):
-            raise KilnError(f"{path}: a JSON {type(found).__name__}, expected a list of rows", "write [{...}, {...}]")
-        rows = list(enumerate(found, start=1))
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise KilnError(f"{path}, row {number}: {row!r:.60}, expected an object", "write {...}")
-    return rows
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, _json(line.removesuffix("\n"), f"{path}, row {number}", "each line is one {...}")
+
+
+def _elements(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    found = _json(file.read(), str(path), "mend it; one object per line belongs into a .jsonl")
+    if not isinstance(found, list):
+        raise KilnError(f"{path}: a JSON {type(found).__name__}, expected a list of rows", "write [{...}, {...}]")
+    return enumerate(found, start=1)
 
 
 def _json(text: str, where: str, hint: str) -> Any:

@@ -5,6 +5,7 @@ Rule `vase_select_views`: `best_views/` with relative links, `best_views_report.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,21 +34,23 @@ def view_number(view: str) -> int | str:
 
 
 def best_views_report(ranked: pd.DataFrame, folders: tuple[Path, Path], seconds: float) -> dict:
-    """The original's report, field by field."""
+    """The original's report, field by field; `ranked` as `rank_views` sorts it."""
     results = []
-    for vase, views in ranked.groupby("vase", sort=True):
-        best = views.iloc[0]
+    rows = ranked[["vase", "view", "path", "high_quality_similarity"]].itertuples(index=False)
+    for vase, own in itertools.groupby(rows, key=lambda row: row.vase):
+        views = list(own)
+        best = views[0]
         results.append(
             {
                 "vase_id": vase,
-                "selected_view": view_number(best["view"]),
-                "selected_filename": best["path"],
-                "clip_score": best["high_quality_similarity"],
+                "selected_view": view_number(best.view),
+                "selected_filename": best.path,
+                "clip_score": best.high_quality_similarity,
                 "total_views": len(views),
                 "reason": "only_one_view" if len(views) == 1 else "best_clip_score",
                 "all_view_scores": [
                     {"view_number": view_number(v.view), "filename": v.path, "clip_score": v.high_quality_similarity}
-                    for v in views.itertuples(index=False)
+                    for v in views
                 ],
             }
         )
