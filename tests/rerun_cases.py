@@ -128,7 +128,7 @@ PINS = [
     ("tables", {"busi_list_images": 1, "busi_find_duplicates": 1, "busi_split": 1}),
 ]
 
-# --- what happens to results from outside, what then, and the test in tests/test_rerun_faults.py that shows it ------
+# --- what happens to results from outside, what then, and the test that shows it, of tests/test_rerun_faults.py ------
 
 FAULTS = [
     (
@@ -160,6 +160,11 @@ FAULTS = [
         "the results are copied elsewhere, with other times, with or without `.snakemake`",
         "nothing; later changes rerun what they would have",
         "test_a_copy_with_other_times_reruns_nothing_and_later_what_it_should",
+    ),
+    (
+        "the table of shards is lost or damaged",
+        "nothing: it is made anew from the tables of the shards",
+        "test_reuse.py::test_a_lost_table_is_made_from_those_of_the_shards",
     ),
     (
         "the results folder gets another name",
