@@ -42,6 +42,8 @@ FREQUENCIES = 8  # of either direction, the mean left out
 ORDERED_BY = 8  # of the coefficients, the lowest
 # Products of 65 float32 values, at most 2 in sum, err by at most 2 * 65 * 2^-24 = 8e-6, and by 2e-7 for their rounding.
 _SLACK = 1e-5
+# Of 4096 values of unit vectors: by at most 4096 * 2^-24 = 2.4e-4.
+_SLACK_IN_FULL = 3e-4
 
 
 class Pictures(NamedTuple):
@@ -159,6 +161,10 @@ def similar_blocks(
             near = ours.points[mine] @ theirs.points[other][:, swapped].T >= threshold - 1 - _SLACK
             if right is None and a == b:
                 near = np.triu(near, 1)
+            if np.count_nonzero(near) > block:  # fine grain: half the work of whole numbers rules most out
+                near &= (
+                    _units(ours, ours.rows[mine]) @ _units(theirs, theirs.rows[other]).T >= threshold - _SLACK_IN_FULL
+                )
             rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
             i, j = ours.rows[mine][rows], theirs.rows[other][columns]
             exact = _correlation(ours, i, theirs, j)
@@ -209,6 +215,15 @@ def _prepared(thumbs: Thumbnails, block: int) -> _Side:
     kept = points[:, :-2]
     low, high = (bound.reduceat(kept, starts) if len(rows) else kept for bound in (np.minimum, np.maximum))
     return _Side(thumbs, sums, spread, rows, points, low, high)
+
+
+def _units(side: _Side, rows: np.ndarray) -> np.ndarray:
+    """float32 [m,4096], some thumbnails with mean 0 and length 1; none is of one grey level."""
+    centred = side.thumbs[rows].astype(np.float32)
+    centred *= VALUES
+    centred -= side.sums[rows].astype(np.float32)[:, None]  # whole numbers below 2^24: exact
+    centred *= (1 / np.sqrt(VALUES * side.spread[rows])).astype(np.float32)[:, None]
+    return centred
 
 
 def _correlation(ours: _Side, rows: np.ndarray, theirs: _Side, columns: np.ndarray) -> np.ndarray:
