@@ -18,8 +18,8 @@ from scripts.common import artefacts, heartbeat, retrain
 from scripts.common.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.slow
-TARGET = "results/vase/link_classes/meta.json"
-FOLDER = "results/vase/train_classifier"
+TARGET = "results/vase/link_classes/main/meta.json"
+FOLDER = "results/vase/train_classifier/main"
 SETTINGS = {
     "device": "cpu",
     "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
@@ -119,7 +119,7 @@ def test_inputs_that_changed_or_are_newer_and_outputs_that_are_gone(copied):
     rewrite(table, lambda frame: frame.iloc[::-1])
     assert f"input {table.relative_to(copied[1])} changed\n" in dry_run(copied)[0]
     (copied[1] / FOLDER / "metrics.json").unlink()
-    assert "missing: results/vase/train_classifier/metrics.json" in dry_run(copied, f"{FOLDER}/metrics.json")[0]
+    assert "missing: results/vase/train_classifier/main/metrics.json" in dry_run(copied, f"{FOLDER}/metrics.json")[0]
 
 
 def test_a_dear_training_stops_the_run_until_it_is_allowed(copied):
