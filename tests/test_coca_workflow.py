@@ -187,7 +187,7 @@ def test_predictions_by_the_model_of_another_run(finished_run, tmp_path):
     (there / "config").mkdir()
     (there / "config/config.yaml").write_text(yaml.safe_dump(settings))
     done = workflow.run(checkout, there, "coca_predictions")
-    assert workflow.finished(done.stdout + done.stderr) == {"coca_predict": 1}
+    assert workflow.finished(done.stdout + done.stderr) == {"coca_predict": 1, "coca_predictions": 1}
     assert predictions(there) == predictions(run)
 
 
