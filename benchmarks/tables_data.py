@@ -75,7 +75,7 @@ def vase_images(folder: Path, rows: int) -> None:
             place.write_bytes(data)
             facts = (None, None, None, None) if broken else (16, 16, "RGB", "JPEG")
             fate = ("quarantined", "empty file") if broken else ("ok", "")
-            listed.append((path, hashlib.sha256(data).hexdigest(), len(data), *facts, shard, *fate))
+            listed.append((path, hashlib.sha256(data).hexdigest(), len(data), *facts, shard, 0, *fate))
         frame = pd.DataFrame(listed, columns=SCHEMA.names)
         pq.write_table(pa.Table.from_pandas(frame, SCHEMA), folder / "inspect_images" / f"{shard}.parquet")
         ok = frame.loc[frame["status"] == "ok", "path"]

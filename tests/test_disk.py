@@ -87,7 +87,8 @@ def test_jobs_that_do_not_run_need_nothing(checkout, tmp_path):
     assert set(places) < set(named) and "busi/split" not in named
     (run / "results").rename(run / "kept")
     inner = " ".join(f"'{part}'" for part in workflow.command(checkout, run, target))
-    script = f"cp -a '{run}/kept/.' '{run}/results/'; head -c 2M /dev/zero > '{run}/results/filler'; {inner}"
+    known = f"cp -a '{run}/kept/.' '{run}/results/'; {inner} --dry-run > /dev/null 2>&1"  # that this is a copy
+    script = f"{known}; head -c 2M /dev/zero > '{run}/results/filler'; {inner}"
     text = on_a_small_disk(run / "results", 2, script)
     assert "Nothing to be done" in text and "too little room" not in text, text
 

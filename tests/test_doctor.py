@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.common import doctor, preflight
+from scripts.common import disk, doctor, preflight
 from scripts.common.errors import KilnError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,10 +105,10 @@ def test_hub_address_is_shown_without_its_password(monkeypatch):
 
 
 def test_disk_has_room_or_says_how_much_is_missing(tmp_path):
-    preflight.require_disk(tmp_path / "not" / "yet", 1, "the shards")
+    disk.require_disk(tmp_path / "not" / "yet", 1, "the shards")
     with pytest.raises(KilnError) as refused:
-        preflight.require_disk(tmp_path / "not" / "yet", 10**18, "the shards")
-    assert "the shards need 1000000000.0 GB" in refused.value.message
+        disk.require_disk(tmp_path / "not" / "yet", 10**18, "the shards")
+    assert "the shards need 1000000 TB" in refused.value.message
     assert "are free" in refused.value.message
     assert "results" in refused.value.hint
 

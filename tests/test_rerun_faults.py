@@ -21,7 +21,7 @@ import rerun_cases
 import workflow
 import yaml
 
-from scripts.common import edited, env_key, file_times, locks, records
+from scripts.common import edited, env_key, file_times, locks
 from scripts.common.artefacts import Record, sha256_file, write_listing
 from scripts.common.errors import KilnError
 from scripts.demo import draw_ultrasound
@@ -61,13 +61,9 @@ def finished_run(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def copied(finished_run, tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """A copy of both, to be changed, as if it had been made here."""
-    checkout, run = workflow.copies(finished_run, tmp_path)
-    monkeypatch.chdir(run)
-    records.take_over(Path("results"), Path(".snakemake/metadata"))
-    monkeypatch.undo()
-    return checkout, run
+def copied(finished_run, tmp_path) -> tuple[Path, Path]:
+    """A copy of both, to be changed."""
+    return workflow.copies(finished_run, tmp_path)
 
 
 def said(done: subprocess.CompletedProcess) -> str:

@@ -1,12 +1,15 @@
 """Running the real workflow from a copy of the checkout, whose code a test may edit."""
 
 import collections
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from scripts.common import records
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("Snakefile", "rules", "scripts", "envs", "slurm", "config/models.csv", "docs/results.md")
@@ -25,8 +28,12 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def copies(folders: Sequence[Path], place: Path) -> tuple[Path, ...]:
-    """Copies of `folders` below `place`, under their own names."""
-    return tuple(Path(shutil.copytree(folder, place / folder.name, symlinks=True)) for folder in folders)
+    """Copies of `folders` below `place`, under their own names, as if their results had been made there."""
+    made = tuple(Path(shutil.copytree(folder, place / folder.name, symlinks=True)) for folder in folders)
+    for one in made:
+        with contextlib.chdir(one):
+            records.take_over(Path("results"), Path(".snakemake/metadata"))
+    return made
 
 
 def edit(path: Path, old: str, new: str) -> None:

@@ -35,7 +35,7 @@ from scripts.biomedica.settings import (
     TrainSettings,
 )
 from scripts.biomedica.training import KS, Fit, Loader, Validation
-from scripts.common import artefacts, devices, plots, preflight, step, tables, trackers
+from scripts.common import artefacts, devices, disk, plots, step, tables, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -140,7 +140,7 @@ def check_room(fit: Fit, state_folder: Path) -> None:
     """Stop now if the disk lacks room for the training states and the checkpoints."""
     weights = sum(p.numel() * p.element_size() for p in fit.model.parameters())
     states = (KEEP + 1) * 4 * weights  # weights, the best ones, and Adam's two moments
-    preflight.require_disk(state_folder, states + 2 * weights, "the training states and the checkpoints")
+    disk.require_disk(state_folder, states + 2 * weights, "the training states and the checkpoints")
 
 
 def train(fit: Fit, state: TrainingState, track: Path) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import BaseSettings, MergeSettings, Settings
-from scripts.common import artefacts, devices, merge_parity, model_folders, preflight, step, vlm
+from scripts.common import artefacts, devices, disk, merge_parity, model_folders, step, vlm
 from scripts.common.errors import KilnError
 
 
@@ -59,7 +59,7 @@ def merge(args: argparse.Namespace, values: MergeStepSettings, folder: Path) -> 
     adapted = merge_parity.logits_at_answer(model, batches)
     model = model.merge_and_unload()
     dtype = model.dtype
-    preflight.require_disk(folder, model.get_memory_footprint(), "the merged model")
+    disk.require_disk(folder, model.get_memory_footprint(), "the merged model")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     del model

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from scripts.common import artefacts, preflight
+from scripts.common import artefacts, disk
 
 
 class Thumbnails(Protocol):
@@ -30,7 +30,7 @@ class Stored:
         """
         while not folder.is_dir():  # it may come to be when all went well; its disk is what counts
             folder = folder.parent
-        preflight.require_disk(folder, count * values, "thumbnails")
+        disk.require_disk(folder, count * values, "thumbnails")
         self._count, self._values = count, values
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         try:

@@ -18,7 +18,7 @@ from scripts.busi import fine_tuning, lora
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import TrainLoraSettings
-from scripts.common import artefacts, devices, model_folders, plots, preflight, step, trackers, vlm
+from scripts.common import artefacts, devices, disk, model_folders, plots, preflight, step, trackers, vlm
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
@@ -52,7 +52,7 @@ def check_room(
     settings = ("busi.train.batch_size", "busi.methods (qlora)", "busi.train.gradient_checkpointing")
     preflight.require_vram(needed, "cpu" if device.type == "cpu" else str(device), settings)
     step.log.info("%d of %d parameters are trained", trained, parameters)
-    preflight.require_disk(state, (values.train.save_total_limit + 1) * 12 * trained, "the training states")
+    disk.require_disk(state, (values.train.save_total_limit + 1) * 12 * trained, "the training states")
 
 
 def train(args: argparse.Namespace, values: TrainLoraSettings, folder: Path):

@@ -19,7 +19,7 @@ from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
 from scripts.coca.training import KS, Fit, check_batches
-from scripts.common import artefacts, devices, plots, preflight, step, trackers
+from scripts.common import artefacts, devices, disk, plots, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -114,7 +114,7 @@ def check_room(fit: Fit, state_folder: Path) -> None:
     weights = 4 * sum(p.numel() for p in fit.model.parameters())
     kept = fit.values.epochs // fit.values.save_every if fit.values.save_every else 0
     states = (KEEP + 1) * 4 * weights  # weights, the best ones, and Adam's two moments
-    preflight.require_disk(state_folder, states + kept * weights, "the training states")
+    disk.require_disk(state_folder, states + kept * weights, "the training states")
 
 
 def train(fit: Fit, state: TrainingState, track: Path, keep) -> None:

@@ -21,9 +21,11 @@ CALM = frozenset(
         "adopt",  # waits for Slurm jobs
         "cluster_guard",  # refuses to start
         "code_key",  # names code; what a key stands for is what is compared
+        "disk",  # refuses to start, or to write
         "doctor",  # looks at the machine
         "errors",  # the wording of refusals
         "failures",  # tells of failed jobs
+        "file_times",  # of files, not their content
         "heartbeat",  # tells how far a training is
         "launch",  # starts processes
         "locks",  # keeps others out

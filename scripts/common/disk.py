@@ -1,4 +1,4 @@
-"""Room on the disks before the first job: what the jobs will write, by filesystem, against what is free there.
+"""Room on the disks: what a step will write, and before the first job what all will, against what is free there.
 
 Two folders share a filesystem if they have the same st_dev, whatever their paths. What is free is what the filesystem
 says (statvfs): a quota of a project or a user, which it may not know of, is not looked at.
@@ -75,6 +75,26 @@ def free_bytes(place: Path) -> int:
         return shutil.disk_usage(place).free
     except OSError as error:
         raise KilnError(f"{place}: {CAN} ({error.strerror})", "check the path and its permissions") from error
+
+
+def require_disk(path: Path, needed_bytes: int, what: str) -> None:
+    """Make sure that `needed_bytes` bytes are free where `path` is, or will be.
+
+    Args:
+        path: a file or folder; it need not exist.
+        needed_bytes: bytes that will be written there.
+        what: what they are for, in words, such as "the shards".
+
+    Raises:
+        KilnError: fewer are free, or `path` cannot be reached.
+    """
+    place = existing(path)
+    free = free_bytes(place)
+    if free < needed_bytes:
+        raise KilnError(
+            f"{path}: {what} need {size(needed_bytes)}, and {size(free)} are free on the disk of {place}",
+            "free some space, or point `results` (for models and data: HF_HOME) at another disk",
+        )
 
 
 def by_filesystem(needs: Iterable[tuple[str, Need]]) -> list[Filesystem]:

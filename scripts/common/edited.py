@@ -55,7 +55,10 @@ def refuse(outputs: Iterable[Path]) -> None:
 
 
 def listed(listing: Path) -> dict[Path, dict[str, Any]]:
-    """{file: its record} of what a `files.json` lists with bytes and sha256; nothing for any other file."""
+    """{file: its record} of what a `files.json` lists with bytes and sha256; nothing for any other file.
+
+    Links among them lead to raw data, which is not ours to compare.
+    """
     if listing.name != "files.json":
         return {}
     try:
@@ -72,7 +75,7 @@ def _of(output: Path) -> Iterable[Edited]:
         return
     since = output.stat().st_mtime_ns
     for path, record in listed(output).items():
-        if path.is_file() and _differs(path, record, since):
+        if path.is_file() and not path.is_symlink() and _differs(path, record, since):
             yield Edited(path, output, record)
 
 

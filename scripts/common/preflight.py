@@ -1,37 +1,15 @@
-"""What a step makes sure of before it works: room on the disk, and memory on the device."""
+"""What a training makes sure of before it works: memory on the device."""
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
-from scripts.common.disk import existing, free_bytes
 from scripts.common.errors import KilnError
 
 log = logging.getLogger("kiln")
 
 OPTIMISER_BYTES = 4  # torch keeps Adam's moments, and master copies, in float32
-
-
-def require_disk(path: Path, needed_bytes: int, what: str) -> None:
-    """Make sure that `needed_bytes` bytes are free where `path` is, or will be.
-
-    Args:
-        path: a file or folder; it need not exist.
-        needed_bytes: bytes that will be written there.
-        what: what they are for, in words, such as "the shards".
-
-    Raises:
-        KilnError: fewer are free, or `path` cannot be reached.
-    """
-    place = existing(path)
-    free = free_bytes(place)
-    if free < needed_bytes:
-        raise KilnError(
-            f"{path}: {what} need {in_gb(needed_bytes)}, and {in_gb(free)} are free on the disk of {place}",
-            "free some space, or point `results` (for models and data: HF_HOME) at another disk",
-        )
 
 
 def estimate_training_memory(

@@ -23,7 +23,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from scripts.common import artefacts, preflight, progress, step, tables
+from scripts.common import artefacts, disk, progress, step, tables
 from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind, to_json
@@ -66,7 +66,7 @@ def build_shards(planned: Sequence[Shard], classes: Sequence[str], values: Datas
     if not todo:
         return
     needed = sum(_size(shard) for shard in todo)
-    preflight.require_disk(todo[0].file, needed, "the shards")
+    disk.require_disk(todo[0].file, needed, "the shards")
     work = (
         joblib.delayed(arrow.write_shard)(shard.file, shard.pictures, classes, values.max_pixels, values.verify)
         for shard in todo

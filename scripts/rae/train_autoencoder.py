@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.common import artefacts, devices, model_folders, plots, preflight, step, trackers
+from scripts.common import artefacts, devices, disk, model_folders, plots, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -67,7 +67,7 @@ def check_room(fit: Fit, state_folder: Path) -> None:
     decoder = sum(p.numel() for p in fit.autoencoder.decoder.parameters())
     heads = sum(p.numel() for p in fit.bare_discriminator.heads.parameters())
     one_state = 4 * (4 * decoder + 3 * heads)  # float32: weights, Adam's two moments, the decoder's average
-    preflight.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
+    disk.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
 
 
 def start_from(fit: Fit, path: Path, encoder_folder: Path) -> None:

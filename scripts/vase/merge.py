@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.common import artefacts, devices, merge_parity, model_folders, preflight, step, vlm
+from scripts.common import artefacts, devices, disk, merge_parity, model_folders, step, vlm
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings
 from scripts.vase import generation, swift_training
@@ -51,7 +51,7 @@ def merge(args: argparse.Namespace, values: MergeStepSettings, folder: Path) -> 
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     model = generation.FAMILY.load_model(args.base, dtype="auto", device_map={"": device})
     dtype = model.dtype
-    preflight.require_disk(folder.parent, model.get_memory_footprint(), "the merged model")
+    disk.require_disk(folder.parent, model.get_memory_footprint(), "the merged model")
     base = logits(model, args, values, device)
     from peft import PeftModel
 

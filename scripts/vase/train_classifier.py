@@ -17,6 +17,7 @@ from scripts.common import (
     artefacts,
     classification,
     devices,
+    disk,
     plots,
     preflight,
     statistics,
@@ -46,7 +47,7 @@ def check_room(model: torch.nn.Module, values: ClassifierSettings, state_folder:
     on_cpu = accelerator.device.type == "cpu"  # of several processes, cpu:0
     preflight.require_vram(needed, "cpu" if on_cpu else str(accelerator.device), settings)
     one_state = 4 * 4 * parameters  # float32 weights, best weights and Adam's two moments
-    preflight.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
+    disk.require_disk(state_folder, (KEEP + 1) * one_state, "the training states")
 
 
 def train(
