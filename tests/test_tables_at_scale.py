@@ -50,7 +50,7 @@ class Tables:
             found |= {"mode": "RGB", "format": "JPEG", "status": "ok", "reason": ""}
             if name in real:
                 found = images.inspect(picture(folder / "images/renders" / name, real[name], size=8), 100)
-            listed.append({"path": f"renders/{name}", "shard": f"s{row % 4:05d}", **found})
+            listed.append({"path": f"renders/{name}", "shard": f"s{row % 4:05d}", "generation": 0, **found})
         frame = pd.DataFrame(listed)
         for shard, own in frame.groupby("shard"):
             tables.write_table(folder / f"{shard}.parquet", own[SCHEMA.names], ["path"], SCHEMA)

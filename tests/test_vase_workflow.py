@@ -235,14 +235,14 @@ def test_a_removed_and_a_rewritten_image_touch_their_shards_alone(finished_run, 
 
 
 STEPS = ("inspect_images", "classify_images", "embed_images")
-FINAL = ("list_images/manifest.parquet", "score_images/scores.parquet", "select_views/best_views.parquet")
+FINAL = ("list_images/manifest.parquet", "score_images/scores.parquet", "select_views/main/best_views.parquet")
 
 
 def computed(run: Path, since: float) -> dict[str, list[int]]:
     """{step: [items computed, items reused]} of the shards that were made after a time."""
     counts = {}
     for name in STEPS:
-        metas = [p for p in (run / "results/vase" / name).glob("*.meta.json") if p.stat().st_mtime > since]
+        metas = [p for p in (run / "results/vase" / name).rglob("*.meta.json") if p.stat().st_mtime > since]
         facts = [json.loads(p.read_text()) for p in metas]
         counts[name] = [sum(one[f"items_{kind}"] for one in facts) for kind in ("computed", "reused")]
     return counts
@@ -286,8 +286,8 @@ def test_changed_images_alone_are_computed_and_tables_equal_those_from_scratch(f
     assert {name: one[0] for name, one in computed(run, since).items()} == dict.fromkeys(STEPS, 0)
     assert computed(run, since)["inspect_images"] == [0, count] and final_tables(run) == tables
     for name in STEPS:
-        assert sorted({p.name[:6] for p in (run / "results/vase" / name).iterdir()}) == sorted(after)
-        kept = {p.name[:6] for p in (run / "results/state/vase" / name).glob("*/*")}
+        assert sorted({p.name[:6] for p in (run / "results/vase" / name).rglob("s*")}) == sorted(after)
+        kept = {p.name[:6] for p in (run / "results/state/vase" / name).rglob("s*.*")}
         assert kept == set(after), name
 
     (run / "results/state/vase/shards.parquet").unlink()

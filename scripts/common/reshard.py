@@ -13,7 +13,7 @@ from pathlib import Path
 from scripts.common import step
 from scripts.common.cluster_guard import only_controller
 from scripts.common.errors import KilnError
-from scripts.common.reuse import KEYS, VALUES
+from scripts.common.reuse import BEFORE, KEYS, VALUES, before
 from scripts.common.settings import read_yaml
 from scripts.common.shards import ShardTable
 
@@ -108,12 +108,13 @@ def obsolete(state: Path, live: Sequence[str]) -> list[Path]:
     Until then the items that moved from such a shard to another are still to be found there.
     """
     gone = []
-    for place in {file.parent for file in state.glob(f"*/*/*{KEYS}")}:
-        files = {file.name.removesuffix(KEYS): file for file in place.glob(f"*{KEYS}")}
+    for place in {file.parent for file in state.rglob(f"*{KEYS}")}:
+        files = {file.name.removesuffix(KEYS): file for file in place.glob(f"s*{KEYS}") if BEFORE not in file.name}
         if set(live) <= set(files):
+            gone += before(place)
             for name in sorted(set(files) - set(live)):
                 gone += [files[name], *place.glob(f"{name}-*{VALUES}")]
-    return sorted(gone)
+    return sorted(set(gone))
 
 
 def sweep(states: Path) -> None:

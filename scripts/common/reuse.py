@@ -28,6 +28,7 @@ from scripts.common.fingerprint import fingerprint
 T = TypeVar("T")
 KEY = pa.binary(32)
 KEYS, VALUES = ".keys", ".values"
+BEFORE = f".before{KEYS}"  # what was kept of a shard until it was made anew
 log = logging.getLogger("kiln")
 
 
@@ -103,29 +104,40 @@ class Kept(Generic[T]):
     def keep(self, keys: Sequence[bytes | None], result: Path) -> None:
         """Keep a finished `result`, whose rows have these keys; None: of that row nothing is kept.
 
-        What was kept of the shard before goes. Killed in between, either the old or the new is found.
+        What was kept of the shard before stays until the run has ended (`before`): an item that moved to another
+        shard is looked for there. Killed in between, either the old or the new is found.
         """
         if self.place is None:
             return
         file, digest = self.place / f"{self.shard}{KEYS}", sha256_file(result)
-        values = values_of(file, digest)
+        values, before = values_of(file, digest), file.with_name(f"{self.shard}{BEFORE}")
         link(result, values)
         column = pa.array(keys, KEY)
         facts = {"folder": self.place.name, "values": digest, "rows": len(keys), "keys": _checksum(column)}
         table = pa.table({"key": column}).replace_schema_metadata({"kept": json.dumps(facts)})
+        if file.exists():
+            shutil.copyfile(file, before)
         with (
             atomic_path(file) as temporary,
             pa.OSFile(str(temporary), "wb") as sink,
             pa.ipc.new_file(sink, table.schema) as writer,
         ):
             writer.write_table(table)
-        for old in set(self.place.glob(f"{self.shard}-*{VALUES}")) - {values}:
-            old.unlink(missing_ok=True)
 
 
 def values_of(file: Path, digest: str) -> Path:
     """Where the result that a file of keys belongs to is kept."""
-    return file.with_name(f"{file.stem}-{digest[:16]}{VALUES}")
+    return file.with_name(f"{file.name.partition('.')[0]}-{digest[:16]}{VALUES}")
+
+
+def before(place: Path) -> list[Path]:
+    """Files of a folder that were kept of shards which have been made anew since."""
+    found = []
+    for file in place.glob(f"*{BEFORE}"):
+        shard = file.name.removesuffix(BEFORE)
+        values = sorted(place.glob(f"{shard}-*{VALUES}"), key=lambda one: one.stat().st_mtime_ns)
+        found += [file, *values[:-1]]
+    return found
 
 
 def _read_keys(file: Path) -> tuple[pa.Array, str]:
