@@ -336,7 +336,7 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path):
     import random
 
     delays = random.Random(3)
-    version, seen = 0, set()
+    version, shown, seen = 0, 0, set()
     for _ in range(12):
         command = [sys.executable, "-c", textwrap.dedent(RELINK), str(tmp_path), str(version)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -344,12 +344,13 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path):
             time.sleep(delays.uniform(0.005, 0.1))
             process.send_signal(signal.SIGKILL)
             told = process.stdout.read().split()
-        version = int(told[-1]) if told else version
+        shown = int(told[-1]) if told else shown
+        version = max(version, shown)
         folder = tmp_path / "accepted"
         if folder.exists():
             held = {(folder / f"{n}.txt").read_text() for n in range(40)}
             assert len(held) == 1
-            assert int(held.pop()) >= version
+            assert int(held.pop()) >= shown
             assert len(names(folder)) == 41
             seen.add("whole")
         version += 1
@@ -461,3 +462,12 @@ def test_a_step_tells_what_to_do(raised, status, told):
     assert done.returncode == status
     assert all(text in done.stderr for text in told)
     assert ("Traceback" in done.stderr) == ("Traceback" in told)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    left, other = tmp_path / ".out.1.tmp", tmp_path / ".out2.1.tmp"
+    for folder in (left, other):
+        (folder / "deep").mkdir(parents=True)
+    with artefacts.atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out2.1.tmp", "out"]

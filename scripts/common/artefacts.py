@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -122,11 +123,13 @@ def sha256_text(*parts: str) -> str:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` when the block ends well.
 
-    Readers see the old folder or the new one, but for the instant between two renames.
+    Readers see the old folder or the new one, but for the instant between two renames. `folder` has one writer at a
+    time, so what another left, killed before it could remove it, goes.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
