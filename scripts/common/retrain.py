@@ -244,7 +244,7 @@ def guard(
         return
     rules = ",".join(dict.fromkeys(next(n for n in trainings if is_named(one.rule, n)) for one in dear or redone))
     keep = f"keep a result as it is: make accept RULE={rules.split(',')[0]}"
-    redo = f"train again: the same command with --config allow_retrain={rules}"
+    redo = f"train again: the same command with allow_retrain={rules} in its --config, of which only the last counts"
     stops = f"a run stops before it redoes more than {above:g} GPU hours (confirm_gpu_hours); {redo}" if dear else ""
     if plan.workflow.dryrun:
         say("\n".join(filter(None, ["\nFinished trainings that would run again:", table(redone), keep, stops])))
