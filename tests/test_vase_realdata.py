@@ -48,7 +48,7 @@ def test_real_images_become_best_views(tmp_path, realdata):
     assert listed["in"] == len(images) and listed["not_images_by_name"] == len(sources) - len(images)
     manifest = pd.read_parquet(results / "list_images/manifest.parquet")
     assert set(manifest["path"]) == {str(p.relative_to(realdata)) for p in images}
-    counts = json.loads((results / "accept_images/summary.json").read_text())
+    counts = json.loads((results / "accept_images/main/summary.json").read_text())
     assert counts["in"] == counts["accepted"] + counts["rejected"] + counts["low_quality"] + counts["quarantined"]
     labelled = pd.read_parquet(results / "split_labelled/labelled.parquet")
     assert len(labelled) == sum(1 for c in ("benign", "malignant") for _ in (realdata / "busi" / c).glob("*.png"))
