@@ -147,7 +147,7 @@ def soak(folder: Path, targets: tuple[str, ...], settings: str, kills: int, seed
 @pytest.mark.cluster
 @pytest.mark.slow(minutes=8)
 def test_images_autoencoder_and_clip_under_kills(tmp_path):
-    soak(tmp_path, TARGETS, SHORT, KILLS, seed=0, pause=(10, 35), minutes=8)
+    soak(tmp_path, TARGETS, SHORT, KILLS, seed=0, pause=(4, 15), minutes=8)
 
 
 @pytest.mark.cluster
