@@ -11,16 +11,13 @@ give the same pairs, else the exit status is 1.
 """
 
 import argparse
-import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import biomedica_memory, biomedica_reading, biomedica_training, measure
-from scripts.common.artefacts import write_json
 
 PARTS = {
     "reading": biomedica_reading.compare,
@@ -66,17 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    facts = measure.facts(args, PACKAGES)
-    print(json.dumps(facts, indent=1))
-    with tempfile.TemporaryDirectory() as place:
-        for name in [args.only] if args.only else PARTS:
-            own = Path(place) / name
-            own.mkdir()
-            facts[name] = PARTS[name](args, own)
-            print(name, json.dumps(facts[name], indent=1), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, facts)
+    measure.run_parts(args, PARTS, PACKAGES)
 
 
 if __name__ == "__main__":

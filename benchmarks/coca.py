@@ -16,16 +16,13 @@ exit status is 1.
 """
 
 import argparse
-import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import coca_captions, coca_encoding, coca_reading, coca_training, measure
-from scripts.common.artefacts import write_json
 
 PARTS = {
     "training": coca_training.compare_steps,
@@ -76,17 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    facts = measure.facts(args, PACKAGES)
-    print(json.dumps(facts, indent=1))
-    with tempfile.TemporaryDirectory() as place:
-        for name in [args.only] if args.only else PARTS:
-            own = Path(place) / name
-            own.mkdir()
-            facts[name] = PARTS[name](args, own)
-            print(name, json.dumps(facts[name], indent=1), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, facts)
+    measure.run_parts(args, PARTS, PACKAGES)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from scripts.common.artefacts import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
@@ -53,6 +55,32 @@ def facts(args: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": where, "cpu": processor(), "cores": os.cpu_count()}
     found |= {name: str(value) for name, value in vars(args).items()}
     return found | {name: importlib.metadata.version(name) for name in packages}
+
+
+def run_parts(
+    args: argparse.Namespace,
+    parts: Mapping[str, Callable[[argparse.Namespace, Path], Any]],
+    packages: Sequence[str],
+    place: Path | None = None,
+) -> None:
+    """Run the parts of a benchmark, or `args.only`, each in a new folder, and print and keep what they find.
+
+    Args:
+        args: with `only` (name of a part, or None), `output` (file, or None), and what the parts read.
+        packages: whose versions are told.
+        place: where the folders are made; None: where temporary ones are.
+    """
+    found = facts(args, packages)
+    print(json.dumps(found, indent=1))
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        for name in [args.only] if args.only else parts:
+            own = Path(folder) / name
+            own.mkdir()
+            found[name] = parts[name](args, own)
+            print(name, json.dumps(found[name], indent=1), flush=True)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, found)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -7,14 +7,11 @@ plan     see `benchmarks.workflow_plan`: all pipelines at their published sizes,
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import measure, workflow_dvc, workflow_items, workflow_plan
-from scripts.common.artefacts import write_json
 
 PARTS = {"items": workflow_items.measure_items, "plan": workflow_plan.measure_plan}
 SMALLEST = {"images": 400, "images_per_shard": 100, "image_size": 32, "scale": 0.002, "runs": 1}
@@ -44,17 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.only != "plan" and not workflow_dvc.DVC.exists():
         sys.exit(f"{workflow_dvc.DVC}: no such file\nHint: make dvc")
-    facts = measure.facts(args, PACKAGES)
-    print(json.dumps(facts, indent=1))
-    with tempfile.TemporaryDirectory(dir=args.place) as place:
-        for name in [args.only] if args.only else PARTS:
-            own = Path(place) / name
-            own.mkdir()
-            facts[name] = PARTS[name](args, own)
-            print(name, json.dumps(facts[name], indent=1), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, facts)
+    measure.run_parts(args, PARTS, PACKAGES, args.place)
 
 
 if __name__ == "__main__":
