@@ -24,7 +24,7 @@ from scripts.biomedica.pairs import Rejected, check
 from scripts.biomedica.settings import HeldOutSettings, IndexSettings
 from scripts.biomedica.sides import SIDES, side_of
 from scripts.biomedica.tars import Bad, Raw, Reader, TarError
-from scripts.common import artefacts, progress, shards, step, tables
+from scripts.common import artefacts, progress, shards, step, tables, workers
 from scripts.common.errors import KilnError
 from scripts.common.settings import Settings, of_kind, to_json
 from scripts.common.shards import Item
@@ -117,7 +117,7 @@ def read_all(folder: Path, items: Sequence[Item], values: IndexSettings, state: 
     parts = [state / artefacts.sha256_text(item.path)[:32] for item in items]
     todo = [(item, part) for item, part in zip(items, parts, strict=True) if read_facts(part, item) is None]
     step.log.info("%d of %d shards to read, %d processes", len(todo), len(items), processes)
-    work = joblib.Parallel(n_jobs=processes, return_as="generator_unordered")(
+    work = workers.pool(processes, return_as="generator_unordered")(
         joblib.delayed(read_shard)(folder, item, values, part) for item, part in todo
     )
     for _ in progress.bar(work, "index shards", len(todo)):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scripts.coca.slides import SlideError, SlideFile, iterate_tiles, open_slide
-from scripts.common import progress, tables
+from scripts.common import progress, tables, workers
 from scripts.common.errors import KilnError
 from scripts.common.shards import Item
 
@@ -88,7 +88,7 @@ def inspect_all(
     rows = {item: before[item] for item in items if item in before}
     todo = [item for item in items if item not in rows]
     log.info("%d of %d slides to read, %d processes", len(todo), len(items), processes)
-    work = joblib.Parallel(n_jobs=processes, return_as="generator")(
+    work = workers.pool(processes, return_as="generator")(
         joblib.delayed(inspect)(folder / item.path, keys, dim, max_tiles) for item in todo
     )
     saved = time.monotonic()

@@ -37,6 +37,7 @@ CALM = frozenset(
         "step",  # a command line: what it parses stands in the rule's params, what it writes is its meta.json
         "supervision",  # signals, time and stalls
         "trackers",  # copies of numbers for TensorBoard and W&B
+        "workers",  # starts processes
     )
 )
 _SKIPPED_FIELDS = {"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "type_ignores"}

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from scripts.common import artefacts, progress, step
+from scripts.common import artefacts, progress, step, workers
 from scripts.demo.settings import DigitsSettings
 
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "stripes")
@@ -72,7 +72,7 @@ def write_demo(folder: Path, values: DigitsSettings, processes: int) -> int:
     digits = load_digits()
     for name in digits.target_names:
         (folder / "images" / str(name)).mkdir(parents=True)
-    work = joblib.Parallel(n_jobs=processes, return_as="generator")(
+    work = workers.pool(processes, return_as="generator")(
         joblib.delayed(_save_picture)(
             folder / "images" / str(digits.target[number]) / f"{number:04d}.jpg", digits.images[number], number, values
         )

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from scripts.common import artefacts, progress, step, tables
+from scripts.common import artefacts, progress, step, tables, workers
 from scripts.demo.figure_captions import choose_topic, write_caption
 from scripts.demo.figures import KINDS, Figure, choose_figure, choose_look, draw, subtype
 from scripts.demo.settings import FiguresSettings
@@ -126,7 +126,7 @@ def _describe(pair: Pair, size: tuple[int, int]) -> dict:
 def draw_all(values: FiguresSettings, processes: int) -> Iterator[list[Pair]]:
     """The pairs of each article, in the plan's order."""
     articles = plan(values)
-    work = joblib.Parallel(n_jobs=processes, return_as="generator")(
+    work = workers.pool(processes, return_as="generator")(
         joblib.delayed(draw_article)(number, *article, values) for number, article in enumerate(articles)
     )
     yield from progress.bar(work, "draw", len(articles))

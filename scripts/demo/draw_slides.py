@@ -14,7 +14,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from scripts.common import artefacts, progress, step, tables
+from scripts.common import artefacts, progress, step, tables, workers
 from scripts.demo.settings import SlidesSettings
 from scripts.demo.slides import DIAGNOSES, GRADES, SITES, Case, draw_tiles, make_tissue, write_report
 
@@ -72,7 +72,7 @@ def write_demo(folder: Path, values: SlidesSettings, processes: int) -> int:
     """Fill an existing empty `folder`; the number of slides written."""
     (folder / "slides").mkdir()
     planned = plan(values)
-    work = joblib.Parallel(n_jobs=processes, return_as="generator")(
+    work = workers.pool(processes, return_as="generator")(
         joblib.delayed(draw_slide)(folder / "slides" / f"{slide.name}.h5", number, slide, values)
         for number, slide in enumerate(planned)
     )

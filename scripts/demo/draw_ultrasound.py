@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from scripts.busi.settings import PROMPT
-from scripts.common import artefacts, progress, step, tables
+from scripts.common import artefacts, progress, step, tables, workers
 from scripts.common.errors import KilnError
 from scripts.demo.settings import UltrasoundSettings
 from scripts.demo.ultrasound import CLASSES, Frame, draw_frame, near_twin
@@ -112,7 +112,7 @@ def _masks(frame: Frame) -> tuple[bytes, ...]:
 def draw_all(values: UltrasoundSettings, processes: int) -> Iterator[list[Picture]]:
     """Each original picture with its twins, in the plan's order."""
     groups = plan(values)
-    work = joblib.Parallel(n_jobs=processes, return_as="generator")(
+    work = workers.pool(processes, return_as="generator")(
         joblib.delayed(draw_group)(*group, values) for group in groups
     )
     yield from progress.bar(work, "draw", len(groups))

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from scripts.common import artefacts, progress, step, tables
+from scripts.common import artefacts, progress, step, tables, workers
 from scripts.common.errors import KilnError
 from scripts.demo.captions import caption
 from scripts.demo.settings import DrawSettings
@@ -65,7 +65,7 @@ def draw_all(values: DrawSettings, processes: int) -> Iterator[tuple[str, int, d
     """(role, number, facts, photographs) of every vase, in order."""
     counts = {"raw": values.vases, "labelled": values.labelled_vases, "clip": values.clip_vases}
     tasks = [(role, i) for role in _ROLES for i in range(counts[role])]
-    work = joblib.Parallel(n_jobs=processes, return_as="generator")(
+    work = workers.pool(processes, return_as="generator")(
         joblib.delayed(draw_vase)(role, i, values) for role, i in tasks
     )
     for (role, i), (facts, rows) in zip(tasks, progress.bar(work, "draw", len(tasks)), strict=True):

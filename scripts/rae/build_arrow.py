@@ -23,7 +23,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from scripts.common import artefacts, disk, progress, step, tables
+from scripts.common import artefacts, disk, progress, step, tables, workers
 from scripts.common.errors import KilnError
 from scripts.common.locks import writer_lock
 from scripts.common.settings import of_kind, to_json
@@ -71,7 +71,7 @@ def build_shards(planned: Sequence[Shard], classes: Sequence[str], values: Datas
         joblib.delayed(arrow.write_shard)(shard.file, shard.pictures, classes, values.max_pixels, values.verify)
         for shard in todo
     )
-    made = joblib.Parallel(n_jobs=processes, return_as="generator_unordered")(work)
+    made = workers.pool(processes, return_as="generator_unordered")(work)
     for _ in progress.bar(made, "shards", total=len(todo)):
         pass
 
