@@ -424,3 +424,18 @@ def kept(step):
         return f"--state-folder {shlex.quote(str(place))}" if CONFIG.keep_shards else ""
 
     return option
+
+
+def marked_pictures():
+    """What all rules so far mark for reports, of the first run of each pipeline: see scripts/report/pictures.py."""
+    outputs = [output for rule in workflow.rules for output in rule.output if output.flags.get("report")]
+    marked = [(str(output), output.flags["report"]) for output in outputs]
+    return [
+        {
+            "pattern": path.replace("{variant}", RUNS_OF[of.category].first if of.category in RUNS_OF else "{variant}"),
+            "caption": str(of.caption),
+            "category": of.category,
+            "labels": {name: text for name, text in of.labels.items() if name != "variant"},
+        }
+        for path, of in marked
+    ]

@@ -624,3 +624,4 @@ rule vase:
 VASE_TARGETS = rules.vase.input if VASE_ASKED else rules.vase_images.input
 VASE_METRIC_PATTERNS += [("grpo", rules.vase_evaluate.output.metrics)] if VASE_ASKED else []
 VASE_METRICS = VASE_RUNS.headline(*[pattern for _, pattern in VASE_METRIC_PATTERNS])
+VASE_FUNNEL = [rules.vase_build_dataset.output.summary] if VASE_ASKED else []

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -73,6 +73,12 @@ class ResourceClasses(Settings):
 
 class Config(Settings):
     """All settings of a run."""
+
+    pipelines: list[Literal["vase", "busi", "rae", "coca", "biomedica"]] = execution(
+        ["vase", "busi", "rae", "coca", "biomedica"],
+        min_length=1,
+        description="what targets all, report and paper are of",
+    )
 
     results: str = Field("results", description="folder of everything that is made")
     models: str = Field("resources/models", description="folder of retrieved models")

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import itertools
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def funnel(path: Path, stages: Sequence[tuple[str, int]], title: str) -> None:
 
 def shares(path: Path, rows: Mapping[str, Mapping[str, int]], title: str) -> None:
     """Each row {label: {part: count}} as a bar of its parts, up to four, with counts and shares below; a row without
-    items is left empty.
+    items is left empty. Of a part's name there is room for some 26 letters.
 
     Raises:
         KilnError: no row, more parts than have room, or a negative count.
@@ -279,8 +280,9 @@ def shares(path: Path, rows: Mapping[str, Mapping[str, int]], title: str) -> Non
                 share, colour = count / total if total else 0.0, PALETTE[place]
                 axes.barh(row, share, left=left, color=colour, height=0.42)
                 axes.plot(0.25 * place + 0.008, row + 0.42, "s", color=colour, markersize=7, clip_on=False)
-                axes.text(0.25 * place + 0.022, row + 0.42, f"{name} {count:,}", va="center", fontsize=9)
-                axes.text(0.25 * place + 0.022, row + 0.62, f"{share:.1%}", va="center", fontsize=9, color=GREY)
+                name = textwrap.shorten(name, 28, placeholder=" …")
+                axes.text(0.25 * place + 0.022, row + 0.42, name, va="center", fontsize=9)
+                axes.text(0.25 * place + 0.022, row + 0.62, f"{count:,}  ({share:.1%})", va="center", fontsize=9)
                 left += share
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set(xlim=(0, 1), ylim=(len(rows) - 0.25, -0.35))

@@ -1,0 +1,55 @@
+"""What every job took, from the workflow's benchmark files and the artefacts' records beside them."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from scripts.common.errors import KilnError
+
+FACTS = {"seconds": "s", "cpu_seconds": "cpu_time", "peak_rss_mb": "max_rss"}  # ours: Snakemake's column
+RECORDED = ("peak_vram_mb", "items", "items_per_second")
+COLUMNS = ["rule", "job", *FACTS, *RECORDED]
+
+
+def read_jobs(results: Path) -> pd.DataFrame:
+    """A row for each job whose benchmark file lies below `results`, sorted by rule and job.
+
+    Columns: rule (`vase_train_sft`), job (its wildcards, joined by "/"), seconds (with start and imports; of a training
+    that carried on, of all its attempts), cpu_seconds and peak_rss_mb (MiB, all its processes; both of the last
+    attempt), and of its meta.json, where it has them: peak_vram_mb, items, items_per_second; else NaN.
+
+    Raises:
+        KilnError: a benchmark file cannot be read.
+    """
+    folder, rows = results / "benchmarks", []
+    for path in sorted(folder.rglob("*.tsv")):
+        pipeline, step, *job = path.relative_to(folder).with_suffix("").parts
+        try:
+            taken = pd.read_csv(path, sep="\t").iloc[-1]  # a job that was tried again has a line for each time
+            facts = {ours: float(taken[theirs]) for ours, theirs in FACTS.items()}
+        except (ValueError, KeyError, IndexError) as error:
+            raise KilnError(f"{path}: no benchmark of Snakemake's: {error}", "delete it") from None
+        made = _record(results.joinpath(pipeline, step, *job))
+        facts["seconds"] = max(facts["seconds"], made.get("wall_seconds") or 0)
+        rows.append({"rule": f"{pipeline}_{step}", "job": "/".join(job)} | facts | {k: made.get(k) for k in RECORDED})
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame.astype(dict.fromkeys((*FACTS, *RECORDED), float))
+
+
+def by_rule(jobs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each rule, the longest first: jobs, seconds (sum), longest (seconds of the longest job), cpu_seconds
+    (sum), the largest peaks, items (sum), and items_per_second (median of its jobs; start and imports left out)."""
+    table = jobs.groupby("rule").agg(
+        jobs=("seconds", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"),
+        cpu_seconds=("cpu_seconds", "sum"), peak_rss_mb=("peak_rss_mb", "max"), peak_vram_mb=("peak_vram_mb", "max"),
+        items=("items", lambda own: own.sum(min_count=1)), items_per_second=("items_per_second", "median"),
+    )  # fmt: skip
+    return table.sort_values(["seconds", "rule"], ascending=[False, True]).reset_index()
+
+
+def _record(place: Path) -> dict:
+    for path in (place / "meta.json", place.with_name(f"{place.name}.meta.json")):
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}

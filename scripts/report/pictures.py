@@ -1,0 +1,66 @@
+"""The pictures that rules mark for reports, with their captions."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jinja2
+from docutils.core import publish_parts
+
+from scripts.common.errors import KilnError
+
+WILDCARD = re.compile(r"\{(\w+)\}")
+
+
+class Picture(NamedTuple):
+    """A picture that is there: the pipeline's name, what it shows, its wildcards, and its caption as HTML."""
+
+    path: Path
+    category: str
+    labels: dict[str, str]
+    caption: str
+
+
+def find_pictures(marked: Mapping[str, Any]) -> Iterator[Picture]:
+    """The files of one marked output, sorted by path; none where the rule was not asked for.
+
+    Args:
+        marked: {pattern: path with {wildcards}, caption: .rst file with Jinja expressions of `snakemake.wildcards`, as
+            in Snakemake's own report, category, labels: {name: text with {wildcards}}}.
+
+    Raises:
+        KilnError: no such caption, or one that cannot be rendered.
+    """
+    pattern = marked["pattern"]
+    names = WILDCARD.split(pattern)[1::2]
+    parts = WILDCARD.split(pattern)[::2]
+    expression = re.escape(parts[0])
+    for name, part in zip(names, parts[1:], strict=True):
+        seen = f"(?P={name})" if f"(?P<{name}>" in expression else f"(?P<{name}>[^/]+)"
+        expression += seen + re.escape(part)
+    root = Path(parts[0]).parent if names else Path(pattern).parent
+    for path in sorted(root.glob(WILDCARD.sub("*", pattern.removeprefix(f"{root}/")))):
+        match = re.fullmatch(expression, str(path))
+        if match:
+            wildcards = match.groupdict()
+            labels = {name: text.format(**wildcards) for name, text in marked["labels"].items()}
+            yield Picture(path, marked["category"], labels, render(Path(marked["caption"]), wildcards))
+
+
+def render(caption: Path, wildcards: Mapping[str, str]) -> str:
+    """A caption as HTML, one or more paragraphs.
+
+    Raises:
+        KilnError: it is not there, or not valid.
+    """
+    job = SimpleNamespace(wildcards=SimpleNamespace(**wildcards))
+    try:
+        text = jinja2.Template(caption.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined).render(
+            snakemake=job
+        )
+        options = {"halt_level": 2, "report_level": 5, "file_insertion_enabled": False, "raw_enabled": False}
+        return publish_parts(text, writer="html5", settings_overrides=options)["body"].strip()
+    except Exception as error:  # of Jinja and docutils, who have no common one
+        raise KilnError(f"{caption}: {error}", "mend the caption") from error

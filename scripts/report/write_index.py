@@ -1,0 +1,171 @@
+"""The front page of a results folder: one static file with the headline numbers, pictures, costs and links.
+
+Rule `report_write_index`. Pictures are inside it, so that it can be mailed, and needs no network; what it links to lies
+beside it in the results folder.
+"""
+
+import argparse
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from scripts.common import artefacts, step
+from scripts.common.errors import KilnError
+from scripts.report.pictures import Picture, find_pictures
+
+TITLES = {
+    "vase": "Vases: quality, best views, a vision-language model by SFT and GRPO",
+    "busi": "Breast ultrasound: a vision-language model by LoRA",
+    "rae": "Representation autoencoder",
+    "coca": "Slides and reports: CoCa",
+    "biomedica": "Figures and captions: CLIP on local and streamed pairs",
+}
+CAPTIONS = 6  # of slides, shown
+
+
+def bar(one: Mapping[str, Any]) -> dict[str, float]:
+    """Places in percent of a metric's value, interval and baseline on a line from the least of them, or 0, to the
+    largest, or 1."""
+    low, high = one.get("ci95") or (one["value"], one["value"])
+    known = {"value": one["value"], "low": low, "high": high, "baseline": one.get("baseline")}
+    known = {name: value for name, value in known.items() if value is not None}
+    least, most = min(0.0, *known.values()), max(known.values())
+    most = max(most, 1.0) if most <= 1 and least >= 0 else most + 0.06 * (most - least)
+    return {name: round(100 * (value - least) / (most - least), 2) for name, value in known.items()}
+
+
+def beats(one: Mapping[str, Any]) -> bool | None:
+    """Whether the interval is clear of the baseline, on its better side; None without one of the two."""
+    if one.get("baseline") is None or not one.get("ci95"):
+        return None
+    low, high = one["ci95"]
+    return low > one["baseline"] if one["higher_is_better"] else high < one["baseline"]
+
+
+def embedded(path: Path) -> str:
+    """A PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def environment(metas: Iterable[Path]) -> dict[str, list[str]]:
+    """What artefacts were made with: {commits, machines, gpus, packages}, each as its different values, sorted."""
+    found: dict[str, set[str]] = {"commits": set(), "machines": set(), "gpus": set(), "packages": set()}
+    for path in metas:
+        made = artefacts.read_json(path)
+        found["commits"].add(made.get("git_commit") or "not in a repository")
+        hardware = made.get("hardware", {})
+        found["machines"].add(f"{hardware.get('machine')}, {hardware.get('cpus')} CPU cores")
+        found["gpus"] |= set(hardware.get("gpus") or [])
+        found["packages"] |= {f"{name} {version}" for name, version in made.get("packages", {}).items()}
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def uses_drawn_data(config: Any) -> bool:
+    """Whether a resolved configuration has a value below the demo's own folder, {results}/demo/."""
+    drawn = f"{config['results']}/demo/"
+    todo = [config]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str) and value.startswith(drawn):
+            return True
+        todo += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
+    return False
+
+
+def by_step(funnels: pd.DataFrame, pipeline: str) -> dict[str, list[dict]]:
+    """{step: rows of funnels.csv}, in their order; the first two of a step are what came in and was passed on."""
+    own = funnels[funnels["pipeline"] == pipeline]
+    return {name: _rows(rows) for name, rows in own.groupby("step", sort=False)}
+
+
+def captions(path: Path | None) -> list[dict[str, str]]:
+    """The first captions of a table {slide, text, caption}, by slide; none without a table."""
+    if path is None:
+        return []
+    return (
+        pd.read_parquet(path, columns=["slide", "text", "caption"])
+        .sort_values("slide")
+        .head(CAPTIONS)
+        .to_dict("records")
+    )
+
+
+def links(results: Path, given: Sequence[str]) -> list[tuple[str, str]]:
+    """(title, path relative to the page) of items `TITLE=FILE`.
+
+    Raises:
+        KilnError: an item has another form, is not there, or lies elsewhere.
+    """
+    found = []
+    for item in given:
+        title, equals, path = item.partition("=")
+        if not (title and equals and Path(path).is_file() and Path(path).is_relative_to(results)):
+            raise KilnError(f"--links {item!r}: expected TITLE=FILE below {results}", "give files that are there")
+        found.append((title, str(Path(path).relative_to(results))))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = step.parser(__doc__)
+    made.add_argument("--results", type=Path, required=True, help="the results folder, in which the page lies")
+    made.add_argument("--summary", type=Path, required=True, help="summary.json")
+    made.add_argument("--variants", type=Path, required=True, help="variants.csv of report_compare_variants")
+    made.add_argument("--funnels", type=Path, required=True, help="funnels.csv of report_draw_funnels")
+    made.add_argument("--rules", type=Path, required=True, help="rules.csv of report_measure_jobs")
+    made.add_argument("--captions", type=Path, help="captions.parquet of coca_caption")
+    made.add_argument("--pictures", type=json.loads, required=True, help="JSON list, see scripts.report.pictures")
+    made.add_argument("--links", nargs="*", default=[], metavar="TITLE=FILE", help="what lies beside the page")
+    made.add_argument("--output", type=Path, required=True, help="index.html")
+    run(made.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page."""
+    inputs = {name: getattr(args, name) for name in ("summary", "variants", "funnels", "rules")}
+    record = step.record(args, "scripts.report.write_index", None, inputs)
+    summary = artefacts.read_json(args.summary)
+    pictures: dict[str, list[Picture]] = {pipeline: [] for pipeline in summary}
+    for picture in (found for marked in args.pictures for found in find_pictures(marked)):
+        pictures.setdefault(picture.category, []).append(picture)
+    config = yaml.safe_load((args.results / "config.yaml").read_text(encoding="utf-8"))
+    variants = pd.read_csv(args.variants)
+    metas = [path for pipeline in summary for path in sorted(args.results.glob(f"{pipeline}/*/meta.json"))]
+    metas += [path for pipeline in summary for path in sorted(args.results.glob(f"{pipeline}/*/*/meta.json"))]
+    page = _template().render(
+        summary=summary,
+        titles=TITLES,
+        drawn=uses_drawn_data(config),
+        variants=_rows(variants),
+        several=variants.groupby("pipeline")["run"].nunique().gt(1).to_dict(),
+        pictures=pictures,
+        funnels={pipeline: by_step(pd.read_csv(args.funnels), pipeline) for pipeline in summary},
+        rules=_rows(pd.read_csv(args.rules)),
+        captions=captions(args.captions),
+        environment=environment(metas),
+        links=links(args.results, args.links),
+    )
+    artefacts.write_text(args.output, page)
+    step.log.info("%s: %d pictures, %.1f MB", args.output, sum(map(len, pictures.values())), len(page) / 1e6)
+    record.write(args.meta, [args.output])
+
+
+def _rows(frame: pd.DataFrame) -> list[dict]:
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    made.lstrip_blocks = True
+    made.globals |= {"bar": bar, "beats": beats, "embedded": embedded}
+    return made.get_template("index.html.jinja")
+
+
+if __name__ == "__main__":
+    step.run(main)
