@@ -432,7 +432,7 @@ def marked_pictures():
     marked = [(str(output), output.flags["report"]) for output in outputs]
     return [
         {
-            "pattern": path.replace("{variant}", RUNS_OF[of.category].first if of.category in RUNS_OF else "{variant}"),
+            "pattern": re.sub(r"\{variant\b[^{}]*\}", RUNS_OF[of.category].first, path),
             "caption": str(of.caption),
             "category": of.category,
             "labels": {name: text for name, text in of.labels.items() if name != "variant"},

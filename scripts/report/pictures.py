@@ -11,7 +11,7 @@ from docutils.core import publish_parts
 
 from scripts.common.errors import KilnError
 
-WILDCARD = re.compile(r"\{(\w+)\}")
+WILDCARD = re.compile(r"\{(\w+)(?:,([^{}]*))?\}")  # of Snakemake: a name and perhaps an expression for it
 
 
 class Picture(NamedTuple):
@@ -33,15 +33,16 @@ def find_pictures(marked: Mapping[str, Any]) -> Iterator[Picture]:
     Raises:
         KilnError: no such caption, or one that cannot be rendered.
     """
-    pattern = marked["pattern"]
-    names = WILDCARD.split(pattern)[1::2]
-    parts = WILDCARD.split(pattern)[::2]
-    expression = re.escape(parts[0])
-    for name, part in zip(names, parts[1:], strict=True):
-        seen = f"(?P={name})" if f"(?P<{name}>" in expression else f"(?P<{name}>[^/]+)"
-        expression += seen + re.escape(part)
-    root = Path(parts[0]).parent if names else Path(pattern).parent
-    for path in sorted(root.glob(WILDCARD.sub("*", pattern.removeprefix(f"{root}/")))):
+    pattern, seen = marked["pattern"], set()
+    first = WILDCARD.search(pattern)
+    root = Path(pattern[: first.start()] if first else pattern).parent
+    texts = WILDCARD.split(pattern)
+    expression = re.escape(texts[0])
+    for name, constraint, text in zip(texts[1::3], texts[2::3], texts[3::3], strict=True):
+        expression += f"(?P={name})" if name in seen else f"(?P<{name}>{constraint or '[^/]+'})"
+        expression += re.escape(text)
+        seen.add(name)
+    for path in sorted(root.glob(WILDCARD.sub("*", pattern).removeprefix(f"{root}/"))):
         match = re.fullmatch(expression, str(path))
         if match:
             wildcards = match.groupdict()

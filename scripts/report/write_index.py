@@ -14,9 +14,11 @@ from typing import Any
 import jinja2
 import pandas as pd
 import yaml
+from PIL import Image
 
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
+from scripts.report.fonts import embedded_face
 from scripts.report.pictures import Picture, find_pictures
 
 TITLES = {
@@ -27,6 +29,7 @@ TITLES = {
     "biomedica": "Figures and captions: CLIP on local and streamed pairs",
 }
 CAPTIONS = 6  # of slides, shown
+WIDE, TALL = 1100, 2.5  # pixels; of the width
 
 
 def bar(one: Mapping[str, Any]) -> dict[str, float]:
@@ -51,6 +54,12 @@ def beats(one: Mapping[str, Any]) -> bool | None:
 def embedded(path: Path) -> str:
     """A PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def form(path: Path) -> str:
+    """How a picture is shown: "wide", the whole page's width, for a sheet of many; "tall", in a frame that scrolls."""
+    with Image.open(path) as image:
+        return "wide" if image.width > WIDE else "tall" if image.height > TALL * image.width else ""
 
 
 def environment(metas: Iterable[Path]) -> dict[str, list[str]]:
@@ -132,12 +141,13 @@ def run(args: argparse.Namespace) -> None:
     summary = artefacts.read_json(args.summary)
     pictures: dict[str, list[Picture]] = {pipeline: [] for pipeline in summary}
     for picture in (found for marked in args.pictures for found in find_pictures(marked)):
-        pictures.setdefault(picture.category, []).append(picture)
+        own = pictures.setdefault(picture.category, [])
+        own.insert(0 if picture.path.is_relative_to(args.funnels.parent) else len(own), picture)
     config = yaml.safe_load((args.results / "config.yaml").read_text(encoding="utf-8"))
     variants = pd.read_csv(args.variants)
     metas = [path for pipeline in summary for path in sorted(args.results.glob(f"{pipeline}/*/meta.json"))]
     metas += [path for pipeline in summary for path in sorted(args.results.glob(f"{pipeline}/*/*/meta.json"))]
-    page = _template().render(
+    page = _render(
         summary=summary,
         titles=TITLES,
         drawn=uses_drawn_data(config),
@@ -155,6 +165,11 @@ def run(args: argparse.Namespace) -> None:
     record.write(args.meta, [args.output])
 
 
+def _render(**values: Any) -> str:
+    template = _template()
+    return template.render(font_face=embedded_face(template.render(font_face="", **values)), **values)
+
+
 def _rows(frame: pd.DataFrame) -> list[dict]:
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
@@ -163,7 +178,7 @@ def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     made.lstrip_blocks = True
-    made.globals |= {"bar": bar, "beats": beats, "embedded": embedded}
+    made.globals |= {"bar": bar, "beats": beats, "embedded": embedded, "form": form}
     return made.get_template("index.html.jinja")
 
 
