@@ -21,7 +21,7 @@ KINDS = {"script", "flag", "key", "menu item", "output", "variable"}
 DROPPED = "dropped"
 PLACE = re.compile(r"(?:(rule|key|file|command|script|variable) )?`([^`]+)`")
 BOTH = re.compile(r"`([^`]+)` both\b")
-APART = re.compile(r"`[^`]+` there, `([^`]+)` here\b")
+APART = re.compile(r"`[^`]+` there\b[^`]*`([^`]+)` here\b")
 LIST_OUTPUTS = """
 import json, sys
 from pathlib import Path
@@ -30,7 +30,7 @@ from snakemake.settings.types import OutputSettings, Quietness, ResourceSettings
 
 with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
     made = api.workflow(ResourceSettings(cores=1), snakefile=Path(sys.argv[1]), workdir=Path(sys.argv[2]))
-    rules = {rule.name: [str(path) for path in (*rule.output, *rule.log)] for rule in made._workflow.rules}
+    rules = {rule.name: [str(path) for path in (*rule.output, *rule.log, rule.benchmark or "")] for rule in made._workflow.rules}
 print(json.dumps(rules))
 """
 
@@ -191,10 +191,23 @@ def test_all_that_a_table_names_exists(name, ours):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_each_rule_that_does_work_of_the_originals_is_named(name, ours):
-    """A rule that no row names stands under its own heading as new."""
+def test_each_rule_is_named(name, ours):
+    """By a row, or as new; rules that only gather others' files aside."""
     text = PAGES[name].read_text(encoding="utf-8")
-    assert [rule for rule in ours.paths if rule.startswith(f"{name}_") and f"`{rule}`" not in text] == []
+    assert [
+        rule
+        for rule, paths in ours.paths.items()
+        if rule.startswith(f"{name}_") and any(paths) and not re.search(rf"\b{rule}\b", text)
+    ] == []
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_parts_that_a_text_names_in_passing_exist(name, ours):
+    """Names of rules and keys in notes and in the lines between the tables."""
+    text = PAGES[name].read_text(encoding="utf-8")
+    texts = [line for line in text.splitlines() if not line.startswith("|")] + [row.note for row in read_rows(text)]
+    named = [one for line in texts for one in re.findall(rf"`({name}[._][\w.]+)`", line)]
+    assert [one for one in named if not (has_key(one) or one in ours.paths)] == []
 
 
 def test_names_that_settings_know_of_originals_are_in_the_tables():
