@@ -72,7 +72,7 @@ def compare(target: Target, found: Found, models: Mapping[str, Model]) -> Compar
     gaps = [one.strip() for one in target.unpublished.split(";") if one.strip()]
     differences = [Difference("source", f"not published: {one}") for one in gaps]
     if found.entry["n"] != target.n:
-        differences.append(Difference("samples", f"n = {found.entry['n']}, published {target.n}"))
+        differences.append(Difference("samples", f"n = {found.entry['n']} (published {target.n})"))
     if found.made is None:
         differences.append(Difference("weights", "no record fits metrics.json as it is"))
     else:
@@ -90,15 +90,15 @@ def _rae_scores(target: Target, metrics: Mapping, made: Made, reconstructed: Mad
         counts = {"classes": dataset["classes"]} | {name: one["ok"] for name, one in dataset["splits"].items()}
         for name in ("classes", "validation"):
             if counts.get(name) != IMAGENET[name]:
-                text = f"{name}: {counts.get(name)}, ImageNet-1k has {IMAGENET[name]}"
+                text = f"{name}: {counts.get(name)} (ImageNet-1k: {IMAGENET[name]})"
                 found.append(Difference("split", text))
         if dataset["validation"] == "cut from train":
             found.append(Difference("split", "validation is a share cut from train"))
     if about["split"] != "validation":
-        found.append(Difference("split", f"scored on {about['split']}, published on validation"))
+        found.append(Difference("split", f"scored on {about['split']} (published: validation)"))
     wanted = f"ADM centre crop {config.Config().rae.image_size}, uint8"
     if about["preprocessing"] != wanted:
-        found.append(Difference("reference", f"{about['preprocessing']}; published {wanted}"))
+        found.append(Difference("reference", f"{about['preprocessing']} (published {wanted})"))
     reference = made.input("reference.safetensors")
     if reference is None:
         found.append(Difference("reference", "no record fits the reference statistics"))
@@ -106,9 +106,9 @@ def _rae_scores(target: Target, metrics: Mapping, made: Made, reconstructed: Mad
         found.append(Difference("reference", "the reference is of another data set than the reconstructions"))
     if target.metric.endswith("_rfid"):
         if about["extractor"] != INCEPTION:
-            found.append(Difference("features", f"features of {about['extractor']}, published {INCEPTION}"))
+            found.append(Difference("features", f"features of {about['extractor']} (published {INCEPTION})"))
         elif about["weights"] != INCEPTION_SHA256:
-            text = f"Inception weights {about['weights'][:12]}, torch-fidelity's are {INCEPTION_SHA256[:12]}"
+            text = f"Inception weights {about['weights'][:12]} (torch-fidelity's: {INCEPTION_SHA256[:12]})"
             found.append(Difference("features", text))
         if not found:  # else they would say the same once more
             found += [Difference("features", one) for one in metrics["warnings"]]
@@ -118,13 +118,13 @@ def _rae_scores(target: Target, metrics: Mapping, made: Made, reconstructed: Mad
 def _retrieved(what: str, source: Made | None, name: str, models: Mapping[str, Model]) -> list[Difference]:
     """Nothing, where `source` is the retrieval of model `name` of config/models.csv, with the bytes it recorded."""
     if source is None:
-        text = f"{what}: no retrieved file; published {name}"
+        text = f"{what}: no record of a file (published {name})"
     elif source.step != "scripts.retrieve.model":
-        text = f"{what}: made by {source.step}; published {name}"
+        text = f"{what}: made by {source.step} (published {name})"
     elif source.record["settings"]["name"] != name:
-        text = f"{what}: {source.record['settings']['name']}; published {name}"
+        text = f"{what}: {source.record['settings']['name']} (published {name})"
     elif source.record["source"] != models[name].source:
-        text = f"{what}: from {source.record['source']}; config/models.csv names {models[name].source}"
+        text = f"{what}: from {source.record['source']} (config/models.csv: {models[name].source})"
     else:
         return []
     return [Difference("weights", text)]
@@ -162,7 +162,7 @@ def _rae(
     checkpoint = reconstructed.input("checkpoint")
     if checkpoint is None or checkpoint.step != step:
         ours = DECODERS.get(checkpoint.step, checkpoint.step) if checkpoint else "of no record"
-        return [*found, Difference("weights", f"decoder: {ours}; published {DECODERS[step]}")], None, reconstructed
+        return [*found, Difference("weights", f"decoder: {ours} (published: {DECODERS[step]})")], None, reconstructed
     return found, checkpoint, reconstructed
 
 
@@ -197,7 +197,7 @@ def rae_trained(target: Target, metrics: Mapping, made: Made, models: Mapping[st
             found.append(Difference("split", "trained on another data set than it is scored on"))
         seen = (made.read("dataset") or {"splits": {}})["splits"].get("train", {}).get("ok")
         if seen != IMAGENET["train"]:
-            found.append(Difference("split", f"train: {seen}, ImageNet-1k has {IMAGENET['train']}"))
+            found.append(Difference("split", f"train: {seen} (ImageNet-1k: {IMAGENET['train']})"))
     return found
 
 
