@@ -55,7 +55,7 @@ def retrieved(root: Path, name: str, **changes: str) -> Path:
 
 def step(name: str, output: Path, settings: dict, **inputs: Path) -> Path:
     """What a step leaves: its output, and the record beside it."""
-    named = {key.replace("_files_json", " files.json").replace("_safetensors", ".safetensors"): path
+    named = {re.sub("_safetensors$", ".safetensors", key.replace("_files_json", " files.json")): path
              for key, path in inputs.items()}  # fmt: skip
     if not output.is_file():
         wrote(output)
@@ -257,6 +257,75 @@ def test_the_run_nearest_to_the_protocol_is_shown(tmp_path):
         assert (row["protocol"], row["run"]) == ("same", run)
 
 
+def full_vase(root: Path, *, n: int = 96, names: dict | None = None, sft: dict | None = None, grpo: dict | None = None,
+              lost: str | None = None, value: float = 0.25) -> Path:  # fmt: skip
+    """metrics.json of vase with all records behind it: a merged adapter of SFT, a whole model of GRPO."""
+    root.mkdir(parents=True)
+    names = {"base": "qwen2.5-vl-7b-instruct", "clip": "clip-vit-b-32-openai"} | (names or {})
+    base, clip = (retrieved(root, name) for name in names.values())
+    own = of_kind(config.Config().vase, "numerics")
+    adapter = wrote(root / "train_sft/best/adapter_model.safetensors")
+    listing = {adapter.name: {"bytes": 1, "sha256": artefacts.sha256_file(adapter)}}
+    listing = wrote(adapter.with_name("files.json"), json.dumps(listing))
+    record = artefacts.Record("scripts.vase.train_sft", {"vlm": own["vlm"], "sft": own["sft"] | (sft or {})},
+                              {"model files.json": base}, "code")  # fmt: skip
+    record.write(root / "train_sft/meta.json", [listing])
+    merged = step("scripts.vase.merge", root / "merge_sft/files.json", {}, adapter=adapter, model_files_json=base)
+    values = {"vlm": own["vlm"], "grpo": own["grpo"] | (grpo or {})}
+    last = step("scripts.vase.train_grpo", root / "train_grpo/files.json", values, model_files_json=merged)
+    models_of = {"base: model_files_json": base, "sft: model_files_json": merged, "grpo: model_files_json": last}
+    predicted = step("scripts.vase.predict", root / "predict/predictions.parquet", {}, **models_of)
+    entry = {"value": value, "n": n, "ci95": [0.1, 0.4]}
+    recall = {"from_generated": {"recall": {"1": entry}}}
+    scores = {"retrieval": {"caption": recall}, "greedy": {"caption": {"lexical_overlap": entry}}}
+    found = {"summary": {"sft_accuracy": entry}, "models": dict.fromkeys(("base", "sft", "grpo"), scores)}
+    file = wrote(root / "evaluate/metrics.json", json.dumps(found))
+    step("scripts.vase.evaluate", file, {}, predictions=predicted, clip=clip)
+    if lost:
+        (root / lost).unlink()
+    return file
+
+
+@pytest.fixture(scope="module")
+def all_known(tmp_path_factory) -> Path:
+    """The published numbers, as if the sources said all that a comparison needs."""
+    path = tmp_path_factory.mktemp("known") / "targets.csv"
+    rows = list(csv.reader(TABLES["paper_targets"].read_text().splitlines()))
+    place = rows[0].index("unknown")
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *([*row[:place], "", *row[place + 1 :]] for row in rows[1:])])
+    return path
+
+
+SCORES = ("base_caption_r1", "sft_caption_r1", "grpo_caption_r1", "grpo_caption_lexical_overlap")
+
+
+@pytest.mark.parametrize(
+    ("changes", "same", "reason"),
+    [
+        ({}, SCORES, None),
+        ({"sft": {"seed": 3, "save_steps": 7}}, SCORES, None),
+        ({"n": 95}, (), "n = 95 (published 96)"),
+        ({"names": {"base": "qwen2.5-vl-3b-instruct"}}, (), "base model: qwen2.5-vl-3b-instruct"),
+        ({"names": {"clip": "clip-vit-l-14-commonpool-xl"}}, SCORES[3:], "CLIP: clip-vit-l-14-commonpool-xl"),
+        ({"sft": {"lr": 0.5}}, SCORES[:1], "sft.lr = 0.5 (published 0.0001)"),
+        ({"grpo": {"max_steps": 5}}, SCORES[:2], "grpo.max_steps = 5 (published null)"),
+        ({"lost": "train_sft/meta.json"}, SCORES[:1], "sft model: of no record"),
+        ({"lost": "merge_sft/meta.json"}, SCORES[:1], "model: of no record"),
+        ({"lost": "predict/meta.json"}, (), "no record fits the predictions"),
+    ],
+)
+def test_captions_compare_where_models_settings_and_items_do(tmp_path, all_known, changes, same, reason):
+    file = full_vase(tmp_path / "run", **changes)
+    table = compared(tmp_path, "--vase", f"main/main={file}", paper_targets=all_known).set_index("metric")
+    for metric in SCORES:
+        row = table.loc[metric]
+        if metric in same:
+            assert (row["protocol"], row["ours"]) == ("same", 0.25) and pd.isna(row["this_run"])
+        else:
+            assert row["protocol"] == "differs" and reason in row["differences"] and pd.isna(row["ours"])
+
+
 def vase_metrics(root: Path, n: int) -> Path:
     entry = {"value": 0.25, "n": n, "ci95": [0.1, 0.4]}
     recall = {"from_generated": {"recall": {"1": entry, "5": entry}}}
@@ -276,7 +345,7 @@ def test_a_run_without_the_published_data_has_a_column_of_its_own(tmp_path):
     assert table[["ours", "ours_n", "ours_ci_low", "ours_ci_high"]].isna().all(axis=None)
     by_metric = table.set_index("metric")
     assert by_metric.loc["grpo_caption_r1", ["this_run", "this_run_n", "paper"]].tolist() == [0.25, 96, 0.0352]
-    assert "not published: the list of test items" in by_metric.loc["grpo_caption_r1", "differences"]
+    assert "not known: which captions are its test items" in by_metric.loc["grpo_caption_r1", "differences"]
     assert "no record fits the predictions" in by_metric.loc["grpo_caption_r1", "differences"]
     assert by_metric.loc["sft_accuracy", ["protocol", "this_run"]].tolist() == ["no number known", 0.77]
     for metric in ("grpo_caption_r10", "sft_caption_r1"):  # too few candidates; a model without answers

@@ -43,6 +43,8 @@ class Made(NamedTuple):
 def maker(path: Path, sha256: str | None = None) -> Made | None:
     """The step that made `path`, or None where no record beside or above it names the file with this hash.
 
+    A file of a folder artefact is vouched for by the folder's files.json, which a record names.
+
     Args:
         sha256: of the bytes in question; None: of the file as it is now.
 
@@ -59,7 +61,11 @@ def maker(path: Path, sha256: str | None = None) -> Made | None:
         names = (path.relative_to(meta.parent).as_posix(), path.name)
         if any(outputs.get(name, {}).get("sha256") == sha256 for name in names):
             return Made(path, record)
-    return None
+    listing = path.with_name("files.json")
+    if path == listing or not listing.is_file():
+        return None
+    listed = artefacts.read_json(listing).get(path.name, {})
+    return maker(listing) if listed.get("sha256") == sha256 else None
 
 
 def _is(path: Path, sha256: str) -> bool:

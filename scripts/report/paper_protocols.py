@@ -4,6 +4,7 @@ A protocol is a function of a target and of what is known of our number; it give
 one of the `ASPECTS`. No flag says that a run is comparable: a number is, when nothing differs.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,14 +20,17 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 IMAGENET = {"classes": 1000, "train": 1_281_167, "validation": 50_000}  # arXiv:1409.0575
 SHOWN = 3  # settings that are named
-# They decide no number but for rounding and chance, or only those of a free size, or they name weights, which are
-# compared by their records.
-FREE = ("autoencoder.accumulation", "autoencoder.compile", "autoencoder.deterministic", "autoencoder.seed",
-        "decoder.layers", "decoder.width", "decoder.mlp", "decoder.heads", "discriminator.patch", "discriminator.dim",
-        "discriminator.depth", "discriminator.heads", "discriminator.taps", "discriminator.size",
-        "encoder.model", "perceptual.weights", "discriminator.weights")  # fmt: skip
-
-
+FREE = {  # settings that may differ
+    # for chance and rounding alone
+    "autoencoder.accumulation", "autoencoder.compile", "autoencoder.deterministic", "autoencoder.seed",
+    *(f"{stage}.{name}" for stage in ("sft", "grpo")
+      for name in ("deepspeed", "deterministic", "eval_batch_size", "gradient_checkpointing", "save_steps",
+                   "save_total_limit", "seed")),
+    # numbers of a free size, and names of weights, which are compared by their records
+    *(f"decoder.{name}" for name in ("heads", "layers", "mlp", "width")),
+    *(f"discriminator.{name}" for name in ("depth", "dim", "heads", "patch", "size", "taps")),
+    "discriminator.weights", "encoder.model", "perceptual.weights", "vlm.model",
+}  # fmt: skip
 RELEASED, TRAINED = "scripts.rae.import_published", "scripts.rae.train_autoencoder"
 DECODERS = {RELEASED: "as released", TRAINED: "trained"}  # what made them
 
@@ -69,8 +73,8 @@ def compare(target: Target, found: Found, models: Mapping[str, Model]) -> Compar
     """
     if target.protocol == "none":
         return Comparison((Difference("source", "no number is known"),))
-    gaps = [one.strip() for one in target.unpublished.split(";") if one.strip()]
-    differences = [Difference("source", f"not published: {one}") for one in gaps]
+    gaps = [one.strip() for one in target.unknown.split(";") if one.strip()]
+    differences = [Difference("source", f"not known: {one}") for one in gaps]
     if found.entry["n"] != target.n:
         differences.append(Difference("samples", f"n = {found.entry['n']} (published {target.n})"))
     if found.made is None:
@@ -136,7 +140,7 @@ def _changed(recorded: Mapping, published: Mapping) -> list[Difference]:
     wrong = [name for name in theirs if name not in FREE and ours.get(name) != theirs[name]]
     if not wrong:
         return []
-    named = [f"{name} = {ours.get(name)} (published {theirs[name]})" for name in wrong[:SHOWN]]
+    named = [f"{name} = {json.dumps(ours.get(name))} (published {json.dumps(theirs[name])})" for name in wrong[:SHOWN]]
     more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     return [Difference("settings", ", ".join([*named, *more]))]
 
@@ -207,8 +211,18 @@ def vase_captions(target: Target, metrics: Mapping, made: Made, models: Mapping[
     predicted = made.input("predictions")
     if predicted is None:
         return [Difference("weights", "no record fits the predictions")]
-    base = predicted.input("base: model files.json")
-    found = _retrieved("base model", base, defaults.vlm.model, models)
+    model = target.metric.partition("_")[0]
+    source, found = predicted.input(f"{model}: model files.json"), []
+    for stage in {"base": (), "sft": ("sft",), "grpo": ("grpo", "sft")}[model]:
+        if source is not None and source.step == "scripts.vase.merge":
+            source = source.input("adapter")
+        if source is None or source.step != f"scripts.vase.train_{stage}":
+            by = f"made by {source.step}" if source else "of no record"
+            return [*found, Difference("weights", f"{stage} model: {by}")]
+        own = {name: of_kind(getattr(defaults, name), "numerics") for name in ("vlm", stage)}
+        found += _changed(source.record["settings"], merge(own, parse_overrides(target.settings)))
+        source = source.input("model files.json")
+    found += _retrieved("base model", source, defaults.vlm.model, models)
     if not target.metric.endswith("_lexical_overlap"):
         found += _retrieved("CLIP", made.input("clip"), defaults.clip.model, models)
     return found

@@ -7,7 +7,7 @@ paper_targets.csv:
   better             higher or lower
   protocol           how to tell whether ours compares: see scripts/report/paper_protocols.py; none: no number is known
   settings           where the published training differs from the defaults: section.key=value, separated by spaces
-  unpublished        what the source does not say and a comparison would need; parted by semicolons
+  unknown            what a comparison would need and the source is not known to say; parted by semicolons
   source             paper, repository at a commit, or issue
 
 paper_costs.csv: pipeline, quantity (gpus, gpu_hours, disk_gb), value, basis (published, measured, estimated), and how
@@ -67,7 +67,7 @@ class Target(Settings):
     better: Literal["higher", "lower"]
     protocol: Literal["none", "rae_released", "rae_trained", "vase_captions"]
     settings: str
-    unpublished: str
+    unknown: str
     source: str = Field(min_length=1)
 
     @field_validator("n", "value", mode="before")
