@@ -14,7 +14,7 @@ from scripts.report.lineage import Made
 from scripts.report.paper_tables import Target
 from scripts.retrieve.models import Model
 
-ASPECTS = ("samples", "split", "reference", "features", "weights", "settings", "source")
+ASPECTS = ("samples", "split", "reference", "features", "weights", "settings", "publication")
 # of torch-fidelity, as scripts.rae.extractors has it, which needs torch
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -72,16 +72,16 @@ def compare(target: Target, found: Found, models: Mapping[str, Model]) -> Compar
         models: of config/models.csv, by name.
     """
     if target.protocol == "none":
-        return Comparison((Difference("source", "no number is known"),))
+        return Comparison((Difference("publication", "no number is known"),))
     gaps = [one.strip() for one in target.unknown.split(";") if one.strip()]
-    differences = [Difference("source", f"not known: {one}") for one in gaps]
+    differences = [Difference("publication", f"not known: {one}") for one in gaps]
     if found.entry["n"] != target.n:
         differences.append(Difference("samples", f"n = {found.entry['n']} (published {target.n})"))
     if found.made is None:
         differences.append(Difference("weights", "no record fits metrics.json as it is"))
     else:
         differences += PROTOCOLS[target.protocol](target, found.metrics, found.made, models)
-    return Comparison(tuple(dict.fromkeys(differences)))
+    return Comparison(tuple(sorted(dict.fromkeys(differences), key=lambda one: ASPECTS.index(one.aspect))))
 
 
 def _rae_scores(target: Target, metrics: Mapping, made: Made, reconstructed: Made) -> list[Difference]:
