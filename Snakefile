@@ -28,6 +28,7 @@ include: "rules/rae.smk"
 include: "rules/coca.smk"
 include: "rules/biomedica.smk"
 include: "rules/report.smk"
+include: "rules/paper.smk"
 include: "rules/guards.smk"
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from scripts.common import records
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("Snakefile", "rules", "scripts", "envs", "slurm", "config/models.csv", "docs/results.md")
+COPIED = ("Snakefile", "rules", "scripts", "envs", "slurm", "config/models.csv", "config/paper_targets.csv",
+          "config/paper_costs.csv", "docs/results.md")  # fmt: skip
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -81,8 +82,10 @@ def count_jobs(text: str) -> dict[str, int]:
         "coca",
         "coca_predictions",
         "rae",
+        "paper",
         "rae_evaluate_published",
         "report",
+        *(f"reproduce_{name}" for name in ("biomedica", "busi", "coca", "rae", "vase")),
         "vase",
         "vase_images",
         "vase_quality",

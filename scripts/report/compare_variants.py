@@ -17,11 +17,11 @@ from scripts.report.summarise import PIPELINES, gather
 COLUMNS = ["pipeline", "metric", "variant", "run", "value", "ci_low", "ci_high", "n", "baseline", "higher_is_better"]
 
 
-def rows(pipeline: str, given: Sequence[str]) -> list[dict]:
-    """A row for each metric of `VARIANT/RUN=FILE`, as many files of a run as its metrics stand in.
+def files_of_runs(pipeline: str, given: Sequence[str]) -> dict[tuple[str, str], list[Path]]:
+    """{(variant, run): its files} of `VARIANT/RUN=FILE`.
 
     Raises:
-        KilnError: an item has another form, or a file has no section `summary`.
+        KilnError: an item has another form.
     """
     files: dict[tuple[str, str], list[Path]] = {}
     for item in given:
@@ -30,8 +30,17 @@ def rows(pipeline: str, given: Sequence[str]) -> list[dict]:
         if not (equals and slash and path):
             raise KilnError(f"--{pipeline} {item!r}: expected VARIANT/RUN=FILE", "give it as main/main=metrics.json")
         files.setdefault((variant, run), []).append(Path(path))
+    return files
+
+
+def rows(pipeline: str, given: Sequence[str]) -> list[dict]:
+    """A row for each metric of `VARIANT/RUN=FILE`, as many files of a run as its metrics stand in.
+
+    Raises:
+        KilnError: an item has another form, or a file has no section `summary`.
+    """
     found = []
-    for (variant, run), paths in files.items():
+    for (variant, run), paths in files_of_runs(pipeline, given).items():
         for metric, facts in gather(paths).items():
             low, high = facts.get("ci95") or (None, None)
             kept = {name: facts.get(name) for name in ("value", "n", "baseline", "higher_is_better")}

@@ -1,0 +1,95 @@
+"""
+Published numbers beside ours, and the one command that would reproduce those of a pipeline.
+
+REQUIRED INPUTS: the metrics of the pipelines; config/paper_targets.csv, config/paper_costs.csv.
+
+OUTPUTS:
+    {results}/paper.csv, paper.md, paper.html            all pipelines, by target `paper`
+    {results}/paper/{pipeline}.csv, .md, .html           one pipeline, by target `reproduce_{pipeline}`
+
+STEPS: compare each published number with the run that is nearest to its protocol.
+
+Target `reproduce_{pipeline}` is the pipeline's own and its table. Where encoders are retrieved ones, the authors' decoders
+are scored, too.
+"""
+
+PAPER_TARGETS = f"{ROOT}/config/paper_targets.csv"
+PAPER_COSTS = f"{ROOT}/config/paper_costs.csv"
+PAPER_RELEASED = {
+    expand(rules.rae_score_published.output.metrics, encoder=name)[0]: f"released/{name}"
+    for name, one in RAE_ENCODERS.items()
+    if one.model in MODELS and RAE_PUBLISHED[name].decoder in MODELS
+}
+PAPER_RUNS = REPORT_RUNS | {"rae": REPORT_RUNS["rae"] | PAPER_RELEASED}
+PAPER_PIPELINES = {"paper": [*PAPER_RUNS], **{f"paper/{pipeline}": [pipeline] for pipeline in PAPER_RUNS}}  # by table
+PAPER_REPRODUCED = {
+    "vase": VASE_TARGETS,
+    "busi": rules.busi.input,
+    "rae": rules.rae.input,
+    "coca": rules.coca.input,
+    "biomedica": rules.biomedica.input,
+}
+
+
+rule report_compare_paper:
+    input:
+        lambda wildcards: [file for pipeline in PAPER_PIPELINES[wildcards.table] for file in PAPER_RUNS[pipeline]],
+    output:
+        table=f"{RESULTS}/{{table}}.csv",
+        page=f"{RESULTS}/{{table}}.md",
+        html=f"{RESULTS}/{{table}}.html",
+        meta=f"{RESULTS}/{{table}}.meta.json",
+    log:
+        f"{LOGS}/report/compare_paper/{{table}}.log",
+    benchmark:
+        f"{BENCHMARKS}/report/compare_paper/{{table}}.tsv"
+    wildcard_constraints:
+        table="|".join(PAPER_PIPELINES),
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        runs=lambda wildcards, output: " ".join(
+            f"--{pipeline} {' '.join(shlex.quote(f'{run}={file}') for file, run in PAPER_RUNS[pipeline].items())}"
+            for pipeline in PAPER_PIPELINES[wildcards.table]
+        ),
+        pipelines=lambda wildcards, output: PAPER_PIPELINES[wildcards.table],
+        targets=outside(PAPER_TARGETS),
+        costs=outside(PAPER_COSTS),
+        models=outside(MODELS_TABLE),
+        tables=[file_digest(PAPER_TARGETS), file_digest(PAPER_COSTS), file_digest(MODELS_TABLE)],
+        code=code_key("scripts.report.compare_paper"),
+    message:
+        "Compare with published numbers ({wildcards.table})"
+    shell:
+        "{params.step} scripts.report.compare_paper"
+        " {params.runs}"
+        " --pipelines {params.pipelines}"
+        " --targets {params.targets:q}"
+        " --costs {params.costs:q}"
+        " --models {params.models:q}"
+        " --output {output.table:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule paper:
+    input:
+        expand(rules.report_compare_paper.output, table="paper"),
+    localrule: True
+
+
+for pipeline, wanted in PAPER_REPRODUCED.items():
+
+    rule:
+        name:
+            f"reproduce_{pipeline}"
+        input:
+            wanted,
+            expand(rules.report_compare_paper.output, table=f"paper/{pipeline}"),
+        localrule: True

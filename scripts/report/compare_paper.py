@@ -1,0 +1,199 @@
+"""Published numbers beside ours: the same protocol or not, why not, and what reproducing them takes.
+
+Rule `report_compare_paper`. Beside the table (CSV) lie a page in Markdown and one in HTML that needs no other file. A
+number stands under `ours` only where the records behind it show the published protocol; any other, such as the demo's,
+stands under `this run`, with the differences.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from scripts.common import artefacts, step
+from scripts.report import lineage
+from scripts.report.compare_variants import files_of_runs
+from scripts.report.paper_protocols import Comparison, Found, compare
+from scripts.report.paper_tables import METRICS, QUANTITIES, Cost, Target, read_costs, read_targets
+from scripts.report.summarise import PIPELINES
+from scripts.retrieve.models import Model, read_table
+
+TEMPLATE = Path(__file__).with_name("paper.html.jinja")
+NUMBERS = ("ours", "this_run")
+FACTS = ("", "_n", "_ci_low", "_ci_high")
+COLUMNS = [
+    "pipeline", "metric", "model", "split", "unit", "better", "paper", "paper_n",
+    *(f"{name}{fact}" for name in NUMBERS for fact in FACTS),
+    "run", "protocol", "differs_in", "differences", "source", "command", *QUANTITIES,
+]  # fmt: skip
+SHOWN = ("metric", "model", "paper", "ours", "this run, not comparable", "protocol", "source")
+COSTS = {"gpus": "GPUs: {:g}", "gpu_hours": "GPU hours: {:g}", "disk_gb": "disk: {:g} GB"}
+SAME, DIFFERS, NONE, NOT_RUN = "same", "differs", "no number known", "not run"
+
+
+def entry(metrics: Mapping[str, Any], place: Sequence[str]) -> Mapping[str, Any] | None:
+    """The entry {value, n, ci95} that stands at `place` in a metrics.json, or None."""
+    for name in place:
+        if not isinstance(metrics, Mapping) or name not in metrics:
+            return None
+        metrics = metrics[name]
+    return metrics
+
+
+class Runs:
+    """The metrics files of a pipeline's runs, each read once: a list of (run, metrics, what made them)."""
+
+    def __init__(self, pipeline: str, given: Sequence[str]):
+        self.pipeline, self.found = pipeline, []
+        for (variant, run), paths in files_of_runs(pipeline, given).items():
+            name = run if run == variant or run.startswith(f"{variant}-") else f"{variant}/{run}"
+            self.found += [(name, artefacts.read_json(path), lineage.maker(path)) for path in paths]
+
+    def best(self, target: Target, models: Mapping[str, Model]) -> tuple[str, Found, Comparison] | None:
+        """The run that is nearest to the target's protocol, the first of several; None: no run has the metric."""
+        place, candidates = METRICS[self.pipeline][target.metric], []
+        for name, metrics, made in self.found:
+            one = entry(metrics, place)
+            if one is not None:
+                found = Found(one, metrics, made)
+                candidates.append((name, found, compare(target, found, models)))
+        return min(candidates, key=lambda one: len(one[2].differences), default=None)
+
+
+def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[str, Cost]) -> dict[str, Any]:
+    """A target's row of the table, by `COLUMNS`; None where there is nothing."""
+    best = runs.best(target, models)
+    made = dict.fromkeys(COLUMNS) | {name: getattr(target, name) for name in COLUMNS if hasattr(target, name)}
+    made |= {"paper": target.value, "paper_n": target.n, "command": f"snakemake reproduce_{target.pipeline}"}
+    made |= {name: costs[name].value for name in QUANTITIES}
+    if best is None:
+        made["protocol"] = NONE if target.value is None else NOT_RUN
+    else:
+        name, ours, comparison = best
+        low, high = ours.entry.get("ci95") or (None, None)
+        column = NUMBERS[0] if comparison.same else NUMBERS[1]
+        facts = zip(FACTS, (ours.entry["value"], ours.entry["n"], low, high), strict=True)
+        made |= {f"{column}{fact}": value for fact, value in facts} | {"run": name}
+        made["protocol"] = NONE if target.value is None else SAME if comparison.same else DIFFERS
+        if made["protocol"] == DIFFERS:
+            made["differs_in"] = ", ".join(comparison.aspects)
+            made["differences"] = "; ".join(one.text for one in comparison.differences)
+    return made
+
+
+def digits(value: float | None, unit: str = "") -> str:
+    """A number of the pages: four digits, and its unit where that is not plain."""
+    if value is None:
+        return ""
+    return f"{value:.4g}{' dB' if unit == 'dB' else ''}"
+
+
+def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+    """What stands in a row of the pages, by `SHOWN`; differences go to `notes`, each kind of them once."""
+    arrow = {"higher": "↑", "lower": "↓"}[one["better"]]
+    shown = {"metric": f"{one['metric']} {arrow}", "model": f"{one['model']}; {one['split']}", "source": one["source"]}
+    shown["paper"] = digits(one["paper"], one["unit"]) + (f", n = {one['paper_n']}" if one["paper_n"] else "")
+    for name, title in zip(NUMBERS, SHOWN[3:5], strict=True):
+        text = digits(one[name], one["unit"])
+        if text and one[f"{name}_ci_low"] is not None:
+            text += f" [{digits(one[f'{name}_ci_low'])}, {digits(one[f'{name}_ci_high'])}]"
+        shown[title] = text and f"{text}, n = {one[f'{name}_n']}" + (f" ({one['run']})" if one["run"] else "")
+    shown["protocol"] = one["protocol"]
+    if one["differences"]:
+        if one["differences"] not in notes:
+            notes.append(one["differences"])
+        shown["protocol"] += f" in {one['differs_in']} ({notes.index(one['differences']) + 1})"
+    return {name: shown[name] for name in SHOWN}
+
+
+def sections(table: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str, Cost]]) -> list[dict[str, Any]]:
+    """A section of the pages for each pipeline: name, command, costs, rows of cells, notes that cells number."""
+    made = []
+    for pipeline in dict.fromkeys(one["pipeline"] for one in table):
+        own = [
+            {"amount": COSTS[name].format(cost.value), "basis": cost.basis, "how": cost.how}
+            for name, cost in costs[pipeline].items()
+        ]
+        notes: list[str] = []
+        rows = [cells(one, notes) for one in table if one["pipeline"] == pipeline]
+        part = {"name": pipeline, "command": f"snakemake reproduce_{pipeline}", "costs": own}
+        made.append({**part, "rows": rows, "notes": notes})
+    return made
+
+
+INTRODUCTION = (
+    "A number stands under “ours” only where the records behind it show the published protocol: the same number of "
+    "samples, split, reference, features, weights and settings. Any other stands under “this run”, with what differs. "
+    "Intervals are of 95 %. ↑: more is better, ↓: less is."
+)
+
+
+def as_markdown(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The page in Markdown."""
+    lines = ["# Published numbers and ours", "", INTRODUCTION, ""]
+    for part in parts:
+        lines += [f"## {part['name']}", "", f"To reproduce: `{part['command']}`", ""]
+        lines += [f"- {one['amount']} ({one['basis']}): {one['how']}" for one in part["costs"]]
+        lines += ["", f"| {' | '.join(SHOWN)} |", f"|{'---|' * len(SHOWN)}"]
+        for one in part["rows"]:
+            lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in one.values())} |")
+        lines += ["", "What differs:", ""] if part["notes"] else [""]
+        lines += [f"{number}. {note}" for number, note in enumerate(part["notes"], start=1)]
+        lines += [""] if part["notes"] else []
+    return "\n".join(lines)
+
+
+def as_html(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The page in HTML, in one file."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(parts=parts, columns=SHOWN, introduction=INTRODUCTION)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = step.parser(__doc__)
+    for pipeline in PIPELINES:
+        made.add_argument(
+            f"--{pipeline}", nargs="*", default=[], metavar="VARIANT/RUN=FILE", help=f"metrics files of {pipeline}"
+        )
+    made.add_argument(
+        "--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES, help="whose numbers (default: all)"
+    )
+    made.add_argument("--targets", type=Path, required=True, help="the published numbers, config/paper_targets.csv")
+    made.add_argument("--costs", type=Path, required=True, help="what they cost, config/paper_costs.csv")
+    made.add_argument("--models", type=Path, required=True, help="the table of models, config/models.csv")
+    made.add_argument("--output", type=Path, required=True, help="the table (.csv); the pages go beside it")
+    run(made.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare what `args` name."""
+    given = {pipeline: getattr(args, pipeline) for pipeline in PIPELINES}
+    inputs = {"targets": args.targets, "costs": args.costs, "models": args.models}
+    inputs |= {f"{pipeline} {item}": Path(item.partition("=")[2]) for pipeline in PIPELINES for item in given[pipeline]}
+    record = step.record(args, "scripts.report.compare_paper", None, inputs)
+    targets, costs, models = read_targets(args.targets), read_costs(args.costs), read_table(args.models)
+    runs = {pipeline: Runs(pipeline, given[pipeline]) for pipeline in args.pipelines}
+    table = [
+        row(target, runs[target.pipeline], models, costs[target.pipeline])
+        for target in sorted(targets, key=lambda one: PIPELINES.index(one.pipeline))
+        if target.pipeline in runs
+    ]
+    parts = sections(table, costs)
+    frame = pd.DataFrame(table, columns=COLUMNS, dtype=object)
+    texts = {".csv": frame.to_csv(index=False), ".md": as_markdown(parts), ".html": as_html(parts)}
+    for ending, text in texts.items():
+        artefacts.write_text(args.output.with_suffix(ending), text)
+    for state in (SAME, DIFFERS, NOT_RUN, NONE):
+        count = sum(one["protocol"] == state for one in table)
+        step.log.info("%d of %d numbers: %s", count, len(table), state)
+    record.write(args.meta, [args.output.with_suffix(ending) for ending in texts])
+
+
+if __name__ == "__main__":
+    step.run(main)
