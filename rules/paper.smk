@@ -4,7 +4,7 @@ Published numbers beside ours, and the one command that would reproduce those of
 REQUIRED INPUTS: the metrics of the pipelines; config/paper_targets.csv, config/paper_costs.csv.
 
 OUTPUTS:
-    {results}/paper.csv, paper.md, paper.html            all pipelines, by target `paper`
+    {results}/paper.csv, paper.md, paper.html            those of `pipelines`, by target `paper`
     {results}/paper/{pipeline}.csv, .md, .html           one pipeline, by target `reproduce_{pipeline}`
 
 STEPS: compare each published number with the run that is nearest to its protocol.
@@ -21,14 +21,7 @@ PAPER_RELEASED = {
     if one.model in MODELS and RAE_PUBLISHED[name].decoder in MODELS
 }
 PAPER_RUNS = REPORT_RUNS | {"rae": REPORT_RUNS["rae"] | PAPER_RELEASED}
-PAPER_PIPELINES = {"paper": [*PAPER_RUNS], **{f"paper/{pipeline}": [pipeline] for pipeline in PAPER_RUNS}}  # by table
-PAPER_REPRODUCED = {
-    "vase": VASE_TARGETS,
-    "busi": rules.busi.input,
-    "rae": rules.rae.input,
-    "coca": rules.coca.input,
-    "biomedica": rules.biomedica.input,
-}
+PAPER_PIPELINES = {"paper": REPORT, **{f"paper/{pipeline}": [pipeline] for pipeline in PAPER_RUNS}}  # by table
 
 
 rule report_compare_paper:
@@ -84,7 +77,7 @@ rule paper:
     localrule: True
 
 
-for pipeline, wanted in PAPER_REPRODUCED.items():
+for pipeline, wanted in REPORT_TARGETS.items():
 
     rule:
         name:

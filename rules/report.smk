@@ -1,7 +1,8 @@
 """
 What a user looks at: headline numbers, variants, funnels, costs, and two pages that show it all.
 
-REQUIRED INPUTS: the metrics and pictures of the pipelines that `pipelines` names.
+REQUIRED INPUTS: the metrics and pictures of the pipelines that `pipelines` names; rules/paper.smk makes the table of
+published numbers.
 
 OUTPUTS:
     {results}/index.html     the front page: headline numbers, pictures, costs, links; one file, no network
@@ -232,6 +233,7 @@ rule report_write_index:
         rules=rules.report_measure_jobs.output.rules,
         captions=REPORT_CAPTIONS,
         page=rules.report_render.output.page,
+        paper=f"{RESULTS}/paper.html",
     output:
         page=f"{RESULTS}/index.html",
         meta=f"{RESULTS}/index.meta.json",
@@ -262,6 +264,7 @@ rule report_write_index:
         " {params.captions}"
         " --pictures {params.pictures:q}"
         " --links"
+        " 'published numbers'={input.paper:q}"
         " 'pictures and DAG'={input.page:q}"
         " 'variants'={input.variants_page:q}"
         " --output {output.page:q}"
