@@ -90,7 +90,7 @@ config: install ## make config/default.yaml, config/schema.json, docs/configurat
 docs: install ## the documentation as a site in site/, by mkdocs-material in .venv-docs; a broken link fails
 	[ -x .venv-docs/bin/mkdocs ] || $(PYTHON) -m venv .venv-docs
 	$(BIN)/uv pip install --quiet --python .venv-docs/bin/python --requirement docs/requirements.lock
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
