@@ -13,7 +13,8 @@ from scripts.config import Config
 from scripts.vase import classifier, estimate_memory
 from scripts.vase.settings import TunerSettings, VaseSettings
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs/hardware.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs/hardware.md").read_text(encoding="utf-8")
 STATE = needs.SAVES * (needs.ADAM + 1) * needs.FLOAT32  # bytes of a trained parameter
 CONFIG = Config()
 
@@ -93,6 +94,14 @@ def test_tables_of_features_and_latents():
     held = bytes_of("rae_compute_reference_stats", 50_000)
     assert re.findall(r"[\d.]+ GB", cells("`rae` features")[1]) == held[::-1]
     assert re.findall(r"[\d.]+ GB", cells("`coca` latents")[1]) == bytes_of("coca_encode_slides", 10_000)
+
+
+def test_every_step_that_asks_for_a_gpu_is_there():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "rules").glob("*.smk") if path.stem != "demo")
+    rules = re.findall(r"^rule (\w+):\n(.*?)(?=^\S)", f"{text}\n.", flags=re.MULTILINE | re.DOTALL)
+    asking = {name for name, body in rules if re.search(r"class_resources\((\"gpu|CONFIG|\w+_CLASS)", body)}
+    assert len(asking) > 15
+    assert asking - set(re.findall(r"`(\w+)`", PAGE)) == set()
 
 
 def test_every_row_of_a_step_says_where_its_figures_come_from():

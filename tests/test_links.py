@@ -18,7 +18,7 @@ def prose(text: str) -> str:
 
 @cache
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings: lower case, hyphens for spaces, no punctuation; a number for what comes again."""
+    """Anchors of a page's headings: lower case, hyphens for spaces, no punctuation; a number for what comes again."""
     found: dict[str, int] = {}
     for heading in re.findall(r"^#+ +(.+)$", prose(path.read_text(encoding="utf-8")), flags=re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
