@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from scripts.common.settings import Settings
+from scripts.common.settings import Settings, is_execution
 
 INTRO = """# Configuration
 
@@ -41,27 +41,23 @@ def _sections(values: Settings, place: str, words: str | None, execution: bool) 
     for name, field in type(values).model_fields.items():
         inner = getattr(values, name)
         if isinstance(inner, Settings):
-            deeper = execution or _is_execution(field)
+            deeper = execution or is_execution(field)
             yield from _sections(inner, f"{place}.{name}" if place else name, field.description, deeper)
 
 
 def _section(values: Settings, place: str, words: str | None, execution: bool) -> str:
     heading = f"{'##' if place.count('.') == 0 else '###'} `{place}`" if place else "## Top level"
-    doc = (type(values).__doc__ or "").strip().splitlines()[0]
+    doc = (type(values).__doc__ or "").strip().partition("\n")[0]
     lines = [f"\n{heading}\n", f"{doc}{f' ({words})' if words else ''}\n" if place else "Keys outside every section.\n"]
     rows = [
         f"| `{name}` | {type_text(field.annotation)}{_bounds(field)} | {_default(getattr(values, name))} | "
-        f"{_cell(field.description or '')} | {'execution' if execution or _is_execution(field) else 'numerics'} |"
+        f"{_cell(field.description or '')} | {'execution' if execution or is_execution(field) else 'numerics'} |"
         for name, field in type(values).model_fields.items()
         if not isinstance(getattr(values, name), Settings)
     ]
     if rows:
         lines += ["| key | type | default | meaning | kind |", "|---|---|---|---|---|", *rows, ""]
     return "\n".join(lines)
-
-
-def _is_execution(field) -> bool:
-    return bool(field.json_schema_extra) and field.json_schema_extra.get("kind") == "execution"
 
 
 def type_text(annotation: Any) -> str:
@@ -82,7 +78,7 @@ def type_text(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         fields = annotation.model_fields.items()
         return "{" + ", ".join(f"{name}: {type_text(field.annotation)}" for name, field in fields) + "}"
-    return WORDS[annotation]
+    return WORDS.get(annotation) or annotation.__name__
 
 
 def _bounds(field) -> str:
