@@ -12,7 +12,7 @@ PIPELINES ?= vase busi rae coca biomedica
 PRUNED = $(if $(filter-out file,$(origin RESULTS)),--results $(RESULTS))
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config dag status prune accept adopt rehash reshard doctor lock dvc clean-env clean-demo
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config docs dag status prune accept adopt rehash reshard doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -82,10 +82,15 @@ format: install ## ruff and snakefmt, in place
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile rules
 
-config: install ## make config/default.yaml, config/schema.json, envs/*.yaml and the table in docs/reruns.md anew
+config: install ## make config/default.yaml, config/schema.json, docs/configuration.md, envs/*.yaml and the table in docs/reruns.md anew
 	$(BIN)/python -m scripts.config --write
 	$(BIN)/python -m scripts.envs --write
 	$(BIN)/python tests/rerun_cases.py --write
+
+docs: install ## the documentation as a site in site/, by mkdocs-material in .venv-docs; a broken link fails
+	[ -x .venv-docs/bin/mkdocs ] || $(PYTHON) -m venv .venv-docs
+	$(BIN)/uv pip install --quiet --python .venv-docs/bin/python --requirement docs/requirements.lock
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 dag: install ## docs/dag.svg, the picture of all rules (needs graphviz; after `make demo`, which shows the shards)
 	$(BIN)/snakemake --configfile config/demo.yaml --rulegraph dot | dot -Tsvg -o docs/dag.svg
@@ -123,5 +128,5 @@ dvc: install ## DVC, which benchmarks compare with, in .venv-dvc: it needs older
 clean-demo: ## remove results/demo
 	rm -rf results/demo
 
-clean-env: ## remove .venv and .venv-conda
-	rm -rf $(VENV) .venv-conda
+clean-env: ## remove .venv, .venv-conda and .venv-docs
+	rm -rf $(VENV) .venv-conda .venv-docs

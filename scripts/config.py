@@ -1,6 +1,6 @@
 """The whole configuration: one section per pipeline, and what is generated from them.
 
-python -m scripts.config --write    makes config/default.yaml and config/schema.json anew
+python -m scripts.config --write    makes config/default.yaml, config/schema.json and docs/configuration.md anew
 python -m scripts.config --check    fails, with a diff, when they are stale
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from scripts import config_page
 from scripts.biomedica.settings import BiomedicaSettings
 from scripts.busi.settings import BusiSettings
 from scripts.coca.settings import CocaSettings
@@ -79,10 +80,9 @@ class Config(Settings):
         min_length=1,
         description="what targets all, report and paper are of",
     )
-
-    results: str = Field("results", description="folder of everything that is made")
-    models: str = Field("resources/models", description="folder of retrieved models")
-    datasets: str = Field("resources/datasets", description="folder of retrieved data sets")
+    results: str = execution("results", description="folder of everything that is made")
+    models: str = execution("resources/models", description="folder of retrieved models")
+    datasets: str = execution("resources/datasets", description="folder of retrieved data sets")
     device: str = execution(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N, for every step with a model"
     )
@@ -171,7 +171,11 @@ def to_yaml(config: Config) -> str:
 def generated() -> dict[Path, str]:
     """{file: text} of what the models generate."""
     schema = json.dumps(Config.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
-    return {ROOT / "config/default.yaml": HEADER + to_yaml(Config()), ROOT / "config/schema.json": schema}
+    return {
+        ROOT / "config/default.yaml": HEADER + to_yaml(Config()),
+        ROOT / "config/schema.json": schema,
+        ROOT / "docs/configuration.md": config_page.page(Config()),
+    }
 
 
 def stale() -> str:
@@ -194,7 +198,7 @@ def main() -> None:
         for path, text in generated().items():
             path.write_text(text, encoding="utf-8")
     elif diff := stale():
-        raise KilnError(f"config/default.yaml or config/schema.json is stale:\n{diff}", "run `make config`")
+        raise KilnError(f"what the settings models generate is stale:\n{diff}", "run `make config`")
 
 
 if __name__ == "__main__":

@@ -353,7 +353,8 @@ def test_the_generated_files_are_up_to_date():
 
 def test_staleness_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    (tmp_path / "config").mkdir()
+    for folder in ("config", "docs"):
+        (tmp_path / folder).mkdir()
     assert "+results: results" in config.stale()
     for path, text in config.generated().items():
         path.write_text(text)

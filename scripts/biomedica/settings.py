@@ -37,7 +37,7 @@ class RemoteSettings(Settings):
         1.0, gt=0, description="before the second attempt; each later one waits twice as long"
     )
     max_wait_seconds: float = execution(120.0, gt=0, description="the longest wait, whatever a busy server asks for")
-    connect_seconds: float = execution(10.0, gt=0)
+    connect_seconds: float = execution(10.0, gt=0, description="patience for a connection")
     read_seconds: float = execution(60.0, gt=0, description="a connection that is silent for longer counts as broken")
     cache_folder: str | None = execution(None, description="folder that keeps shards read whole; null: nothing is kept")
     cache_gb: float = execution(100.0, gt=0, description="size of that folder; the longest unused shards make room")
@@ -49,7 +49,7 @@ class HeldOutSettings(Settings):
     validation: float = Field(0.02, gt=0, lt=1, description="share of articles; chooses the best epoch")
     test: float = Field(0.02, gt=0, lt=1, description="share of articles; scores only")
     max_pairs: int = Field(2000, gt=1, description="of each side, the rest is left out; local shards come first")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the hash that gives an article its side")
 
     @model_validator(mode="after")
     def _leaves_train(self):
@@ -63,7 +63,7 @@ class PlanSettings(Settings):
 
     original_names: ClassVar[dict[str, str]] = {"target_samples": "samples", "num_epochs": "epochs"}
     samples: int = Field(50_000, gt=1, description="pairs of an epoch; local ones first, the others are streamed")
-    epochs: int = Field(10, gt=0)
+    epochs: int = Field(10, gt=0, description="passes; each has samples pairs")
     batch_size: int = Field(256, gt=1, description="pairs per optimiser step over all processes: the contrastive batch")
     lanes: int = Field(8, gt=0, description="shards that are read side by side; a multiple of the number of processes")
     shuffle_buffer: int = Field(256, gt=0, description="streamed pairs of a lane that are shuffled at a time")
@@ -98,28 +98,30 @@ class TrainSettings(Settings):
     micro_batch: int | None = Field(
         None, gt=0, description="pairs of a process in one forward pass; more passes make up a batch; null: all at once"
     )
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, description="AdamW's highest learning rate")
     final_lr: float = Field(0.0, ge=0, description="of the cosine's last step")
     warmup_steps: int = Field(100, ge=0, description="steps with a growing learning rate")
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's two")
+    eps: float = Field(1e-6, gt=0, description="AdamW's")
     weight_decay: float = Field(0.2, ge=0, description="on matrices; not on norms, biases, gains, the logit scale")
     clip_grad: float = Field(1.0, ge=0, description="greatest norm of the gradient; 0 is off")
     max_logit_scale: float = Field(100.0, gt=1, description="the logit scale is kept between 1 and this")
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the image's area in a random crop")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     best_by: Literal["retrieval", "loss"] = Field(
         "retrieval", description="validation score that chooses the best epoch"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of new weights, order and crops")
     workers: int = execution(4, ge=0, description="processes that read, of each training process")
     prefetch: int = execution(64, gt=0, description="streamed pairs of a lane read ahead of its shuffle buffer")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
-    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution(
+        "tensorboard", description="where curves go, beside metrics.json; it decides no number"
+    )
 
     @model_validator(mode="after")
     def _crops_are_shares(self):
@@ -139,7 +141,7 @@ class EvaluateSettings(Settings):
         description="templates of zero-shot classification by panel type; {} stands for its name",
     )
     names: dict[str, str] = Field({}, description="{panel type: its name in prompts}; others in their own words")
-    batch_size: int = Field(256, gt=0)
+    batch_size: int = Field(256, gt=0, description="pairs per forward pass")
 
     @model_validator(mode="after")
     def _templates_take_a_name(self):

@@ -47,7 +47,7 @@ class SplitSettings(Settings):
     train: float = Field(0.7, gt=0, lt=1, description="share of images")
     validation: float = Field(0.1, gt=0, lt=1, description="share of images")
     test: float = Field(0.2, gt=0, lt=1, description="share of images")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the deal of duplicate groups to sides")
     conflicts: Literal["keep", "drop", "quarantine"] = Field(
         "quarantine", description="what happens to groups of near-twins with different labels"
     )
@@ -86,7 +86,7 @@ class ConversationSettings(Settings):
     validation_share: float = Field(
         0.1, gt=0, lt=1, description="of a published train side, cut off by duplicate group, since it has none"
     )
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the draw of prompts and of the validation that is cut off")
 
 
 class BaseSettings(Settings):
@@ -111,7 +111,7 @@ class LoraSettings(Settings):
 
     rank: int = Field(64, gt=0, description="LoRA rank")
     alpha: int = Field(128, gt=0, description="LoRA alpha: updates are scaled by alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(0.05, ge=0, lt=1, description="on the input of the adapters")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
@@ -128,13 +128,15 @@ class LoraSettings(Settings):
 class TrainSettings(Settings):
     """Fine-tuning; the same for LoRA and QLoRA."""
 
-    epochs: float = Field(3, gt=0)
+    epochs: float = Field(3, gt=0, description="passes over the training images")
     max_steps: int | None = Field(None, gt=0, description="optimiser steps, in place of epochs")
     batch_size: int = Field(2, gt=0, description="images per process and forward pass")
     accumulation: int = Field(8, gt=0, description="forward passes per optimiser step")
-    lr: float = Field(2e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    lr: float = Field(2e-4, gt=0, description="AdamW's highest learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="course of the learning rate after warm-up"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps with a growing learning rate")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     optimiser: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = Field(
@@ -147,14 +149,16 @@ class TrainSettings(Settings):
     deepspeed: Literal["none", "zero2"] = Field("none", description="zero2: needs environment envs/deepspeed.yaml")
     init_from: str | None = Field(None, description="a folder with an adapter of an earlier run to start from")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of adapters and order")
     workers: int = execution(4, ge=0, description="processes that read images")
     log_steps: int = execution(10, gt=0, description="optimiser steps between two lines of the log")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     save_total_limit: int = execution(1, gt=0, description="complete saves that are kept")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
-    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution(
+        "tensorboard", description="where curves go, beside metrics.json; it decides no number"
+    )
 
 
 class TrainLoraSettings(Settings):
@@ -181,16 +185,18 @@ class PredictSettings(Settings):
         "differ in tokens: the sum favours short ones in a model that was not fine-tuned",
     )
     max_new_tokens: int = Field(16, gt=0, description="of the greedy text answer")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    workers: int = execution(4, ge=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU"
+    )
+    workers: int = execution(4, ge=0, description="processes that read images")
 
 
 class EvaluateSettings(Settings):
     """Metrics of the predictions."""
 
     leak_threshold: float = Field(0.98, gt=0, le=1, description="test images with such a near-twin in train are apart")
-    calibration_bins: int = Field(10, gt=1)
-    seed: int = Field(0, ge=0)
+    calibration_bins: int = Field(10, gt=1, description="bins of the calibration error and its picture")
+    seed: int = Field(0, ge=0, description="of the resampling behind intervals")
 
 
 class BusiSettings(VariedSettings):

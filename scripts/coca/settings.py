@@ -30,7 +30,7 @@ class SplitSettings(Settings):
 
     validation: float = Field(0.1, gt=0, lt=1, description="share of patients; chooses the best epoch")
     test: float = Field(0.1, gt=0, lt=1, description="share of patients; scores only")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the deal of patients to sides")
 
     @model_validator(mode="after")
     def _leaves_train(self):
@@ -58,7 +58,7 @@ class EncoderSettings(Settings):
     depth: int = Field(8, gt=0, description="cross-attentions; from the second on they share weights and keys")
     transformer_depth: int = Field(6, gt=0, description="self-attention blocks after each, one stack for all")
     heads: int = Field(8, gt=0, description="of self-attention; cross-attention has one")
-    mlp_ratio: int = Field(1, gt=0)
+    mlp_ratio: int = Field(1, gt=0, description="width of the feed-forward layers, in units of dim")
     chunk_tiles: int = execution(4096, gt=0, description="tiles that are looked at at a time, when nothing is trained")
 
     @property
@@ -78,20 +78,20 @@ class EncoderSettings(Settings):
 class ModelSettings(Settings):
     """CoCa (Yu et al. 2022), in the layout of CoCa-pytorch."""
 
-    dim: int = Field(1024, gt=0)
-    unimodal_depth: int = Field(6, gt=0)
-    multimodal_depth: int = Field(6, gt=0)
+    dim: int = Field(1024, gt=0, description="width of the text layers")
+    unimodal_depth: int = Field(6, gt=0, description="layers that see text alone")
+    multimodal_depth: int = Field(6, gt=0, description="layers that see the slide as well")
     dim_latents: int = Field(5120, gt=0, description="of the contrastive space")
     image_queries: int = Field(256, gt=0, description="of the attention pooler, beside the contrastive one")
-    dim_head: int = Field(64, gt=0, multiple_of=2)
-    heads: int = Field(8, gt=0)
-    ff_mult: int = Field(4, gt=0)
+    dim_head: int = Field(64, gt=0, multiple_of=2, description="width of an attention head")
+    heads: int = Field(8, gt=0, description="of attention; they share one head of keys and values")
+    ff_mult: int = Field(4, gt=0, description="width of the feed-forward layers, in units of dim")
 
 
 class TrainSettings(Settings):
     """Caption and contrastive losses."""
 
-    epochs: int = Field(10, gt=0)
+    epochs: int = Field(10, gt=0, description="passes over the training pairs")
     batch_size: int = Field(4, gt=1, description="pairs per optimiser step over all processes: the contrastive batch")
     max_tiles: int = Field(200_000, gt=0, description="padded tiles of a forward pass; more passes make up a batch")
     max_tokens: int = Field(16_384, gt=0, description="padded tokens of a forward pass")
@@ -99,15 +99,15 @@ class TrainSettings(Settings):
         None, gt=0, description="a seeded draw of so many where the encoder is trained; null: all"
     )
     max_seq_len: int = Field(512, gt=2, description="tokens of a text with its two marks; longer ones are cut, counted")
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, description="AdamW's highest learning rate")
     encoder_lr: float | None = Field(None, gt=0, description="of the slide encoder where it is trained; null: lr")
     final_lr: float = Field(0.0, ge=0, description="of the cosine's last step")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps with a growing learning rate")
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's two")
     weight_decay: float = Field(0.01, ge=0, description="on matrices; not on norms, biases, embeddings, temperature")
     clip_grad: float = Field(1.0, ge=0, description="greatest norm of the gradient; 0 is off")
-    caption_weight: float = Field(1.0, ge=0)
-    contrastive_weight: float = Field(1.0, ge=0)
+    caption_weight: float = Field(1.0, ge=0, description="of the caption loss")
+    contrastive_weight: float = Field(1.0, ge=0, description="of the contrastive loss")
     temperature: float = Field(1.0, description="initial logit scale as a logarithm, as published; CLIP's is 2.6593")
     same_text_negatives: bool = Field(
         False, description="count pairs of equal texts as negatives, as the original does"
@@ -122,21 +122,23 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
     compile: bool = Field(False, description="torch.compile of the model")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of new weights, order and draws of tiles")
     save_every: int = Field(5, ge=0, description="epochs between kept checkpoints, beside best and last; 0: none")
     workers: int = execution(4, ge=0, description="processes that read slides")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
-    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution(
+        "tensorboard", description="where curves go, beside metrics.json; it decides no number"
+    )
 
 
 class EncodeSettings(Settings):
     """Latents of every slide, once."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; fp16 needs a GPU")
     dtype: Literal["float16", "float32"] = Field("float16", description="of the stored latents")
-    slides_per_shard: int = Field(256, gt=0)
+    slides_per_shard: int = Field(256, gt=0, description="slides in a file of latents")
     workers: int = execution(4, ge=0, description="processes that read slides")
 
 
@@ -148,8 +150,8 @@ class CaptionSettings(Settings):
     top_k: int | None = Field(None, gt=0, description="draw each token from so many likeliest; null: greedy or beams")
     temperature: float = Field(1.0, gt=0, description="of draws; lower is closer to greedy")
     seed: int = Field(42, ge=0, description="of draws")
-    batch_size: int = Field(32, gt=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: int = Field(32, gt=0, description="slides captioned at a time")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; fp16 needs a GPU")
 
     @model_validator(mode="after")
     def _beams_or_draws(self):

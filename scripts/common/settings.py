@@ -38,7 +38,8 @@ def execution(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"kind": "execution"}, **constraints)
 
 
-def _is_execution(field) -> bool:
+def is_execution(field) -> bool:
+    """Whether a field of a model is declared by `execution(...)`."""
     return bool(field.json_schema_extra) and field.json_schema_extra.get("kind") == "execution"
 
 
@@ -48,11 +49,11 @@ def of_kind(settings: Settings, kind: str) -> dict[str, Any]:
     chosen = {}
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if isinstance(value, Settings) and not _is_execution(field):
+        if isinstance(value, Settings) and not is_execution(field):
             inner = of_kind(value, kind)
             if inner or kind == "numerics":
                 chosen[name] = inner
-        elif _is_execution(field) == (kind == "execution"):
+        elif is_execution(field) == (kind == "execution"):
             chosen[name] = values[name]
     return chosen
 

@@ -93,7 +93,7 @@ class LatentStatsSettings(Settings):
     flip: bool = Field(True, description="take in each image and its mirror image, as published runs do at random")
     batch_size: int = Field(256, gt=0, description="it enters the last digits")
     images_per_part: int = Field(10_000, gt=0, description="images whose moments are kept apart, and resumed from")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; fp16 needs a GPU")
     workers: int = execution(8, ge=0, description="processes that decode images")
 
 
@@ -133,7 +133,7 @@ class RfidSettings(Settings):
     every_n_steps: int = Field(1000, ge=0, description="optimiser steps between scores; 0 is off")
     every_epoch: bool = Field(False, description="score at the end of each epoch, too")
     num_samples: int = Field(1000, gt=1, description="pictures, spread through the classes; all where there are fewer")
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="pictures per forward pass")
     save_samples: bool = Field(False, description="with each score a sheet of its pictures beside reconstructions")
     save_count: int = Field(64, gt=0, description="pictures of that sheet")
     on_train: bool = Field(False, description="of training pictures, not validation's; the tag is rfid_train/score")
@@ -153,18 +153,20 @@ class AutoencoderSettings(Settings):
     }
 
     tau: float = Field(0.8, ge=0, description="greatest standard deviation of the latents' noise, U(0, tau) per sample")
-    epochs: int = Field(16, gt=0)
+    epochs: int = Field(16, gt=0, description="passes over the train split")
     batch_size: int = Field(512, gt=0, description="images per optimiser step over all processes")
     accumulation: int = Field(1, gt=0, description="forward passes per optimiser step")
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(2e-4, gt=0, description="AdamW's highest learning rate for the decoder")
     final_lr: float = Field(2e-5, ge=0, description="of the cosine's last step")
-    warmup_epochs: float = Field(1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-    discriminator_lr: float = Field(2e-4, gt=0)
-    ema_decay: float = Field(0.9978, gt=0, lt=1)
+    warmup_epochs: float = Field(1, ge=0, description="epochs with a growing learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    discriminator_lr: float = Field(
+        2e-4, gt=0, description="AdamW's highest learning rate for the discriminator's heads"
+    )
+    ema_decay: float = Field(0.9978, gt=0, lt=1, description="of the decoder's moving average, once per optimiser step")
     clip_grad: float = Field(0.0, ge=0, description="greatest norm of the decoder's gradient; 0 is off")
-    lpips_weight: float = Field(1.0, ge=0)
+    lpips_weight: float = Field(1.0, ge=0, description="of LPIPS beside L1")
     lpips_start: int = Field(0, ge=0, description="first epoch with LPIPS, counted from 0")
     gan_weight: float = Field(0.75, ge=0, description="times the adaptive weight")
     gan_start: int = Field(8, ge=0, description="first epoch whose generator loss counts")
@@ -177,12 +179,14 @@ class AutoencoderSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type on a GPU")
     compile: bool = Field(False, description="torch.compile of encoder and decoder")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of new weights, order, crops and noise")
     workers: int = execution(8, ge=0, description="processes that decode images")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
-    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution(
+        "tensorboard", description="where curves go, beside metrics.json; it decides no number"
+    )
     sample_every: int = execution(
         2500, ge=0, description="optimiser steps between sheets of validation pictures beside reconstructions; 0 is off"
     )
@@ -226,9 +230,9 @@ class EvaluateSettings(Settings):
         "inception-v3-compat", description="its weights: a name in config/models.csv or a .pth file"
     )
     max_images: int | None = Field(None, ge=4, description="score these many alone; null: all, as the paper does")
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="pictures per forward pass")
     images_per_part: int = Field(2000, gt=0, description="images whose scores are kept apart, and resumed from")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; fp16 needs a GPU")
     sheet: int = Field(16, gt=0, description="pictures of the sheet beside their reconstructions")
     workers: int = execution(8, ge=0, description="processes that decode images")
 

@@ -31,7 +31,7 @@ class SplitSettings(Settings):
     train: float = Field(0.8, gt=0, lt=1, description="share of vases")
     validation: float = Field(0.1, gt=0, lt=1, description="share of vases")
     test: float = Field(0.1, gt=0, lt=1, description="share of vases")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the deal of vases to sides")
     stratify: tuple[str, ...] = Field((), description="columns of `attributes` to stratify by, beside the labels")
 
     @model_validator(mode="after")
@@ -54,34 +54,36 @@ class ClassifierSettings(Settings):
     image_size: int = Field(224, ge=32, description="square input in pixels")
     hidden: tuple[int, int] = Field((512, 256), description="widths of the head's two hidden layers")
     dropout: tuple[float, float] = Field((0.5, 0.3), description="dropout after each hidden layer")
-    epochs: int = Field(200, gt=0)
+    epochs: int = Field(200, gt=0, description="passes over the labelled training images")
     batch_size: int = Field(256, gt=0, description="images per optimiser step over all processes")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="Adam's L2 penalty")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="step: x gamma every step_epochs as published; it freezes training after about 40 epochs"
     )
-    step_epochs: int = Field(10, gt=0)
-    gamma: float = Field(0.1, gt=0, le=1)
+    step_epochs: int = Field(10, gt=0, description="epochs between two drops of schedule step")
+    gamma: float = Field(0.1, gt=0, le=1, description="factor of each drop")
     class_weights: Literal["balanced", "none"] = Field("balanced", description="cross-entropy weights")
     augment: bool = Field(True, description="flip 0.5, rotation 10 degrees, colour jitter 0.2/0.2/0.2/0.1")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type on a GPU")
     decode: Literal["full", "reduced"] = Field("reduced", description="reduced: JPEGs at 1/2..1/8, >= 2x image_size")
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of new weights, order and augmentation")
     workers: int = execution(4, ge=0, description="processes that decode images")
     save_minutes: float = execution(10.0, ge=0, description="time between saves of the training state")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
-    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution(
+        "tensorboard", description="where curves go, beside metrics.json; it decides no number"
+    )
 
 
 class ClassifySettings(Settings):
     """Prediction by the classifier."""
 
     batch_size: int = Field(64, gt=0, description="batches are padded to this size: it enters the last digits")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    workers: int = execution(4, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type on a GPU")
+    workers: int = execution(4, ge=0, description="processes that read images")
 
 
 class ClipSettings(Settings):
@@ -92,9 +94,9 @@ class ClipSettings(Settings):
         description="a name in config/models.csv, or a folder that open_clip loads as local-dir",
     )
     batch_size: int = Field(64, gt=0, description="batches are padded to this size: it enters the last digits")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type on a GPU")
     decode: Literal["full", "reduced"] = Field("reduced", description="reduced: JPEGs at 1/2..1/8, >= 2x the input")
-    workers: int = execution(4, ge=0)
+    workers: int = execution(4, ge=0, description="processes that read images")
 
 
 class PromptSettings(Settings):
@@ -112,6 +114,7 @@ class PromptSettings(Settings):
             "the front of an intact painted vase",
         ),
         min_length=1,
+        description="what a good view is called",
     )
     negative: tuple[str, ...] = Field(
         (
@@ -125,20 +128,23 @@ class PromptSettings(Settings):
             "pieces of a shattered vase",
         ),
         min_length=1,
+        description="what a bad one is called",
     )
 
 
 class ThresholdSettings(Settings):
     """Which score is enough."""
 
-    rule: Literal["percentile", "fixed"] = "percentile"
+    rule: Literal["percentile", "fixed"] = Field(
+        "percentile", description="percentile: of scores of a sample; fixed: value"
+    )
     percentile: float = Field(25.0, ge=0, le=100, description="of the sampled scores; 25 keeps about 75 %")
     value: float | None = Field(None, ge=-2, le=2, description="the threshold of rule `fixed`")
     sample_size: int = Field(500, gt=0, description="images that rule `percentile` looks at")
     sides: tuple[Literal["train", "validation", "test"], ...] = Field(
         ("train", "validation"), min_length=1, description="sides to sample; the original sampled all, test too"
     )
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the sample")
 
     @model_validator(mode="after")
     def _fixed_needs_value(self):
@@ -175,7 +181,7 @@ class DatasetSettings(Settings):
     )
     caption_question: str = Field("Describe the vase.", description="what is asked for a published caption")
     sft_share: float = Field(1.0, gt=0, le=1, description="share of the train side's vases whose rows SFT sees")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of the draw of vases for SFT")
 
 
 class VlmSettings(Settings):
@@ -192,11 +198,15 @@ class VlmSettings(Settings):
 class TunerSettings(Settings):
     """What is trained: a LoRA, or all of the language model."""
 
-    tuner: Literal["lora", "full"] = "lora"
+    tuner: Literal["lora", "full"] = Field(
+        "lora", description="lora: low-rank adapters; full: all weights that are not frozen"
+    )
     rank: int = Field(8, gt=0, description="LoRA rank")
     alpha: int = Field(32, gt=0, description="LoRA alpha: updates are scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="ms-swift's default; the published scripts do not set it")
-    target_modules: tuple[str, ...] = Field(("all-linear",), min_length=1)
+    target_modules: tuple[str, ...] = Field(
+        ("all-linear",), min_length=1, description="linear layers that get an adapter; all-linear: all but the head"
+    )
     freeze_vit: bool = Field(True, description="the vision tower stays as it is")
     freeze_aligner: bool = Field(True, description="so does the projector; ms-swift's default")
 
@@ -204,13 +214,15 @@ class TunerSettings(Settings):
 class SwiftTrainSettings(Settings):
     """What SFT and GRPO have in common; a field means what ms-swift's flag of that meaning does."""
 
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, gt=0, description="optimiser steps, in place of epochs")
     batch_size: int = Field(1, gt=0, description="rows (GRPO: completions) per process and forward pass")
-    eval_batch_size: int = Field(1, gt=0)
+    eval_batch_size: int = Field(1, gt=0, description="rows per process and forward pass of validation")
     accumulation: int = Field(gt=0, description="forward passes per optimiser step")
-    lr: float = Field(gt=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    lr: float = Field(gt=0, description="AdamW's highest learning rate")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="course of the learning rate after warm-up"
+    )
     warmup: float = Field(ge=0, lt=1, description="share of steps with a growing learning rate")
     weight_decay: float = Field(0.1, ge=0, description="ms-swift's default")
     max_length: int = Field(4096, gt=0, description="tokens; longer rows are refused by ms-swift")
@@ -225,14 +237,16 @@ class SwiftTrainSettings(Settings):
         gt=0, description="complete checkpoints that are kept while training, the best beside"
     )
     deterministic: bool = Field(False, description="deterministic GPU kernels, for byte-identical GPU runs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of adapters, order and samples")
     extra_args: tuple[str, ...] = Field((), description="more flags for ms-swift 4, such as --neftune_noise_alpha, 5")
     workers: int = execution(1, ge=0, description="processes that read images")
     dataset_processes: int = execution(1, gt=0, description="processes that encode rows before training")
     logging_steps: int = execution(1, gt=0, description="optimiser steps between two lines of the log")
     budget_minutes: float | None = execution(None, ge=0, description="save and exit non-zero after this time")
     stall_minutes: float | None = execution(30.0, gt=0, description="without a step in this time: exit non-zero")
-    tracker: Literal["tensorboard", "wandb", "none"] = execution("tensorboard")
+    tracker: Literal["tensorboard", "wandb", "none"] = execution(
+        "tensorboard", description="where curves go, beside metrics.json; it decides no number"
+    )
 
     @model_validator(mode="after")
     def _flags_that_ms_swift_knows(self):
@@ -247,9 +261,9 @@ class SftSettings(SwiftTrainSettings):
     """Supervised fine-tuning."""
 
     tuner: TunerSettings = TunerSettings()
-    epochs: float = Field(2, gt=0)
+    epochs: float = Field(2, gt=0, description="passes over the training rows")
     accumulation: int = Field(16, gt=0, description="forward passes per optimiser step")
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, description="AdamW's highest learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps with a growing learning rate")
     gradient_checkpointing: bool = Field(True, description="less memory for a third more time")
     eval_steps: int = Field(100, gt=0, description="optimiser steps between validations")
@@ -273,9 +287,9 @@ class GrpoSettings(SwiftTrainSettings):
     """Group relative policy optimisation (Shao et al. 2024, DeepSeekMath)."""
 
     tuner: TunerSettings = TunerSettings(tuner="full")
-    epochs: float = Field(1, gt=0)
+    epochs: float = Field(1, gt=0, description="passes over the training prompts")
     accumulation: int = Field(4, gt=0, description="forward passes per optimiser step")
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, description="AdamW's highest learning rate")
     warmup: float = Field(0.01, ge=0, lt=1, description="share of steps with a growing learning rate")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     eval_steps: int = Field(1000, gt=0, description="optimiser steps between validations")
@@ -289,8 +303,10 @@ class GrpoSettings(SwiftTrainSettings):
     )
     iterations: int = Field(1, gt=0, description="updates per batch of completions")
     beta: float = Field(0.001, ge=0, description="weight of the KL term; 0 needs no reference model")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0, description="of sampled completions")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="completions are sampled from the likeliest tokens of so much probability; 1: all"
+    )
     top_k: int = Field(-1, ge=-1, description="-1: all tokens")
     max_completion_length: int = Field(256, gt=0, description="tokens")
     system: str | None = Field(
@@ -357,9 +373,11 @@ class VqaPredictSettings(Settings):
     """Answers of base, SFT and GRPO model on the test side."""
 
     batch_size: int = Field(16, gt=0, description="prompts per forward pass; it enters the last digits")
-    max_new_tokens: int = Field(256, gt=0)
+    max_new_tokens: int = Field(256, gt=0, description="of an answer")
     samples: int = Field(4, ge=0, description="completions per prompt at temperature 1, for the mean reward")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU"
+    )
     seed: int = Field(0, ge=0, description="of the samples, and of which picture stands in for a row's own")
     save_minutes: float = execution(5.0, ge=0, description="time between saves of what is answered")
 
@@ -368,14 +386,14 @@ class VqaEvaluateSettings(Settings):
     """Scores of the answers."""
 
     retrieval_ks: tuple[int, ...] = Field((1, 5, 10), description="cut-offs of image-caption retrieval")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the resampling behind intervals")
 
 
 class MegatronSettings(Settings):
     """Export to Megatron-Core's format; it needs GPUs, megatron-core and transformer-engine."""
 
     export: bool = Field(False, description="export the final model")
-    tensor_parallel: int = Field(1, gt=0)
+    tensor_parallel: int = Field(1, gt=0, description="GPUs that each layer is spread over")
     test_precision: bool = Field(True, description="compare logits of both formats")
 
 
