@@ -28,6 +28,7 @@ include: "rules/rae.smk"
 include: "rules/coca.smk"
 include: "rules/biomedica.smk"
 include: "rules/report.smk"
+include: "rules/provenance.smk"
 include: "rules/guards.smk"
 
 
@@ -43,9 +44,11 @@ localrules:
     vase,
     vase_images,
     vase_quality,
+    verify,
 
 
 rule all:
     default_target: True
     input:
         rules.report.input,
+        rules.report_describe_run.output.crate,

@@ -38,7 +38,7 @@ FAMILIES = {
     "hulumed": [],
     "hulumed_deepspeed": [],
     "retrieve": ["filelock", "hf-xet", "huggingface-hub", "pydantic", "pyyaml", "requests"],
-    "report": [*TABLES, "pygments", "snakemake"],
+    "report": [*TABLES, "pygments", "rocrate", "snakemake"],
 }
 
 

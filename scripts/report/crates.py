@@ -17,10 +17,12 @@ from rocrate.model.contextentity import ContextEntity
 from rocrate.model.entity import Entity
 from rocrate.rocrate import ROCrate
 
+from scripts.common import run_records
 from scripts.common.artefacts import describe_files, sha256_text
 from scripts.common.run_records import Artefact, Facts, Records
 from scripts.common.settings import to_json
 
+REPORT = "report.html"  # below the results
 VERSION = "1.1"  # of RO-Crate, on which the profiles build
 PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
@@ -30,6 +32,18 @@ PROFILES = {
 TERMS = "https://w3id.org/ro/terms/workflow-run/context"  # has `sha256`, which the crate's own context lacks
 SNAKEMAKE = "https://snakemake.github.io"
 LICENCE = "https://spdx.org/licenses/MIT"  # of the workflow: its file LICENSE
+FORMATS = {  # media types of the endings that we write
+    ".arrow": "application/vnd.apache.arrow.file",
+    ".csv": "text/csv",
+    ".html": "text/html",
+    ".json": "application/json",
+    ".jsonl": "application/jsonl",
+    ".md": "text/markdown",
+    ".parquet": "application/vnd.apache.parquet",
+    ".png": "image/png",
+    ".tsv": "text/tab-separated-values",
+    ".yaml": "application/yaml",
+}
 
 
 def build(
@@ -68,9 +82,11 @@ class _Crate:
             name="Not stated",
             description="The results depend on the licences of the raw data and models that they were made from.",
         )
-        root["conformsTo"] = [
+        profiles = [
             self._said(url, "CreativeWork", name=name, version=version) for url, (name, version) in PROFILES.items()
         ]
+        root["conformsTo"] = profiles
+        self.crate.metadata.append_to("conformsTo", profiles[-1])
         for file in sorted(set(others) - {main}):
             self._file(file, **others[file])
         program = self._workflow(workflow, main, [file for file in others if file.startswith(f"{workflow}/")])
@@ -84,6 +100,7 @@ class _Crate:
             instrument=program,
             object=[self._of(file) for file in others if file.endswith("/config.yaml")],
             result=[entity for entity in results.values() if entity],
+            subjectOf=self._of(REPORT),
             startTime=first,
             endTime=last,
         )
@@ -91,7 +108,7 @@ class _Crate:
         root["mentions"] = [whole, *actions]
 
     def _times(self) -> tuple[str | None, str]:
-        starts = [one.record["started"] for one in self.artefacts if "started" in one.record]
+        starts = [start for start in map(begun, self.artefacts) if start]
         return min(starts, default=None), max(ended(self.records.folder, one) for one in self.artefacts)
 
     def _workflow(self, folder: str, main: str, files: Iterable[str]) -> Entity:
@@ -134,12 +151,13 @@ class _Crate:
         yield self._said(
             f"#{artefact.meta}",
             "CreateAction",
-            name=f"{artefact.step} made {os.path.dirname(artefact.meta) or artefact.meta}",
+            name=f"{artefact.step}: {artefact.meta.removesuffix(run_records.META).rstrip('/.')}",
+            description=f"A run of the step {record['step']}, as {artefact.meta} records it",
             instrument=self._step(artefact),
             object=list({entity.id: entity for entity in read}.values()),
             result=made,
             subjectOf=described,
-            startTime=record.get("started"),
+            startTime=begun(artefact),
             endTime=ended(self.records.folder, artefact),
         )
 
@@ -172,6 +190,8 @@ class _Crate:
         """The entity of a file below the results; hashed if its facts are not given."""
         if "sha256" not in properties:
             properties |= _sizes(describe_files([self.records.folder / file])[os.path.basename(file)])
+        if kind := FORMATS.get(os.path.splitext(file)[1]):
+            properties["encodingFormat"] = kind
         return self.crate.add_file(self.records.folder / file, file, properties={"name": file, **properties})
 
     def _of(self, file: str) -> Entity | None:
@@ -179,12 +199,23 @@ class _Crate:
 
     def _said(self, identifier: str, kind: str, /, **properties: Any) -> Entity:
         """A contextual entity; what is not known is left out."""
-        known = {key: value for key, value in properties.items() if value not in (None, [])}
+        known = {key: _plain(value) for key, value in properties.items() if value not in (None, [])}
         return self.crate.add(ContextEntity(self.crate, quote(identifier, safe="#:/"), {"@type": kind, **known}))
+
+
+def _plain(value: Any) -> Any:
+    """A list of one as that one, as JSON-LD has it."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _sizes(facts: Facts) -> dict[str, str]:
     return {"contentSize": str(facts["bytes"]), "sha256": facts["sha256"]}
+
+
+def begun(artefact: Artefact) -> str | None:
+    """When a step started, in UTC, if its record says so."""
+    started = artefact.record.get("started")
+    return started and _time(datetime.datetime.fromisoformat(started).timestamp())
 
 
 def ended(folder: Path, artefact: Artefact) -> str:
@@ -195,7 +226,10 @@ def ended(folder: Path, artefact: Artefact) -> str:
     written = (folder / artefact.meta).stat().st_mtime
     started, seconds = artefact.record.get("started"), artefact.record.get("wall_seconds")
     if started is None or seconds is None:
-        return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat()
-    begun = datetime.datetime.fromisoformat(started)
-    end = min(begun.timestamp() + seconds, max(written, begun.timestamp()))
-    return datetime.datetime.fromtimestamp(end, datetime.UTC).isoformat()
+        return _time(written)
+    start = datetime.datetime.fromisoformat(started).timestamp()
+    return _time(min(start + seconds, max(written, start)))
+
+
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

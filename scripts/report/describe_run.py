@@ -18,7 +18,6 @@ from scripts.common.run_records import Artefact
 from scripts.report import crates
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = "report.html"
 
 
 def copy_workflow(config: Path, folder: Path) -> None:
@@ -106,8 +105,8 @@ def _others(results: Path, workflow: str) -> dict[str, dict[str, str]]:
     found[f"{workflow}/config.yaml"]["description"] = "The resolved settings"
     for path in sorted((results / "code").glob("*.json")):
         found[f"code/{path.name}"] = {"description": "Which modules code keys stand for, and the key of each"}
-    if (results / REPORT).is_file():
-        found[REPORT] = {"description": "Pictures, run times and the graph of rules"}
+    if (results / crates.REPORT).is_file():
+        found[crates.REPORT] = {"description": "Pictures, run times and the graph of rules"}
     return found
 
 

@@ -23,6 +23,15 @@ from scripts.common.errors import KilnError
 from scripts.common.run_records import Facts, Hashes, Records
 
 SHOWN = 50
+MEND = "take what changed or is missing from a copy, or delete it and run Snakemake again, which makes it anew"
+MOVE = "move what no record names elsewhere, or delete it"
+HINTS = {
+    "changed": MEND,
+    "missing": MEND,
+    "older input": "run Snakemake again; `make accept RULE=...` keeps a training as it is",
+    "no record": MOVE,
+    "not listed": MOVE,
+}
 # Lists of raw files with their sha256, and the setting of the folder that their paths start in.
 RAW_LISTS = {
     "vase/list_images/manifest.parquet": "vase.images",
@@ -245,12 +254,8 @@ def run(args: argparse.Namespace) -> None:
     print(table(findings), flush=True)
     counts = collections.Counter(one.what for one in findings)
     said = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
-    raise KilnError(
-        f"{args.results}: {count} files read; not as recorded: {said}",
-        "changed or missing: take the file from a copy, or delete it and run Snakemake again, which makes it anew; "
-        "older input: run Snakemake again, or keep a training as it is with `make accept RULE=...`; "
-        "no record or not listed: move it elsewhere, or delete it. docs/provenance.md says more",
-    )
+    hints = dict.fromkeys(HINTS[what] for what in sorted(counts))
+    raise KilnError(f"{args.results}: {count} files read; not as recorded: {said}", "; ".join(hints))
 
 
 if __name__ == "__main__":
