@@ -32,12 +32,11 @@ HINTS = {
     "no record": MOVE,
     "not listed": MOVE,
 }
-# Lists of raw files with their sha256, and the setting of the folder that their paths start in.
+# Lists of raw files with the sha256 of their bytes, and the setting of the folder that their paths start in.
 RAW_LISTS = {
     "vase/list_images/manifest.parquet": "vase.images",
     "vase/list_labelled/labelled.parquet": "vase.labelled",
     "busi/list_images/manifest.parquet": "busi.images",
-    "coca/list_slides/manifest.parquet": "coca.slides",
 }
 
 
