@@ -57,7 +57,8 @@ rule report_describe_run:
         " 2>&1 | tee {log:q}"
 
 
-rule verify:  # neither input nor output, nor a benchmark, which counts as one: so it always runs, and makes nothing
+rule verify:
+    # neither input nor output, nor a benchmark, which counts as one: so it always runs, and makes nothing
     log:
         f"{LOGS}/report/verify_results.log",
     conda:

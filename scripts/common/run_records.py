@@ -4,6 +4,7 @@ A `meta.json` names its outputs without their folders, so they are looked for: b
 `NAME.meta.json`, below the folder NAME), where no record that lies nearer claims them.
 """
 
+import collections
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -58,7 +59,8 @@ class Records(NamedTuple):
 
     Attributes:
         folder: the results folder.
-        name: the folder as the last run named it; recorded paths start with it.
+        name: the folder as the last run named it.
+        names: with which recorded paths below it start: that one, and one that it had before.
         artefacts: in order of `meta`.
         listings: {files.json: {file below its folder, relative to the results: its entry}}.
         files: every file and link but for logs, benchmarks, states and what belongs to runs.
@@ -67,6 +69,7 @@ class Records(NamedTuple):
 
     folder: Path
     name: str
+    names: list[str]
     artefacts: list[Artefact]
     listings: dict[str, dict[str, Facts]]
     files: set[str]
@@ -74,10 +77,7 @@ class Records(NamedTuple):
 
     def below(self, path: str) -> str | None:
         """A recorded path relative to the results folder; None if it lies elsewhere."""
-        for start in (f"{self.name}/", f"{self.folder}/"):
-            if path.startswith(start):
-                return path.removeprefix(start)
-        return None
+        return next((path.removeprefix(f"{one}/") for one in self.names if path.startswith(f"{one}/")), None)
 
 
 def read(folder: Path) -> Records:
@@ -101,7 +101,9 @@ def read(folder: Path) -> Records:
     recorded = {file: facts for file, facts in every if {"bytes", "sha256"} <= facts.keys()}
     for artefact in artefacts:
         recorded |= artefact.outputs
-    return Records(folder, _name(folder), artefacts, listings, files, recorded)
+    name = str(read_settings(folder).get("results", folder))
+    names = [name, str(folder), *_former_name(artefacts, recorded)]
+    return Records(folder, name, names, artefacts, listings, files, recorded)
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -204,9 +206,15 @@ def crate_hashes(folder: Path) -> Hashes | None:
     return Hashes(files, when)
 
 
-def _name(folder: Path) -> str:
-    settings = read_settings(folder)
-    return str(settings.get("results", folder)) if settings else str(folder)
+def _former_name(artefacts: list[Artefact], recorded: Mapping[str, Facts]) -> list[str]:
+    """What most inputs start with that are results, by the rest of their path and by content: the folder's old name."""
+    found: collections.Counter[str] = collections.Counter()
+    for artefact in artefacts:
+        for path, digest in artefact.inputs.items():
+            parts = path.split("/")
+            ends = (("/".join(parts[:at]), "/".join(parts[at:])) for at in range(1, len(parts)))
+            found.update([start for start, end in ends if end in recorded and recorded[end]["sha256"] == digest][:1])
+    return [name for name, _ in found.most_common(1)]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
