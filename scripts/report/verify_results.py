@@ -55,12 +55,24 @@ class Finding(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a file should be: its facts, as `source` says; `name` is what a finding calls it."""
+    """What a file should be.
+
+    Attributes:
+        name: what a finding calls it.
+        path: where it, or a link to it, lies.
+        real: the file itself.
+        facts: as `source` says; of a link whose target nobody recorded, none.
+    """
 
     name: str
-    path: Path
+    path: str
+    real: str
     facts: Facts
     source: str
+
+
+def _expect(name: str, path: Path, facts: Facts, source: str) -> Expected:
+    return Expected(name, str(path), os.path.realpath(path), facts, source)
 
 
 def verify(folder: Path, raw: bool, threads: int) -> tuple[list[Finding], int]:
@@ -75,7 +87,8 @@ def verify(folder: Path, raw: bool, threads: int) -> tuple[list[Finding], int]:
     records = run_records.read(folder)
     crate = run_records.crate_hashes(folder)
     expected = [*_own(records), *_described(records, crate)]
-    expected = [one for one in expected if raw or _lies_below(one.path, folder)]
+    inside = f"{folder.resolve()}/"
+    expected = [one for one in expected if raw or one.real.startswith(inside)]
     if raw:
         expected += [*_raw_inputs(records), *_raw_lists(records)]
     found = _hash(expected, threads)
@@ -86,10 +99,10 @@ def verify(folder: Path, raw: bool, threads: int) -> tuple[list[Finding], int]:
 def _own(records: Records) -> Iterator[Expected]:
     for artefact in records.artefacts:
         for file, facts in artefact.outputs.items():
-            yield Expected(file, records.folder / file, facts, artefact.meta)
+            yield _expect(file, records.folder / file, facts, artefact.meta)
     for listing, entries in records.listings.items():
         for file, facts in entries.items():
-            yield Expected(file, records.folder / file, facts, listing)
+            yield _expect(file, records.folder / file, facts, listing)
 
 
 def _described(records: Records, crate: Hashes | None) -> Iterator[Expected]:
@@ -102,7 +115,7 @@ def _described(records: Records, crate: Hashes | None) -> Iterator[Expected]:
         if file in made and _last_change(made[file].record) > crate.when:
             continue
         if file not in recorded and not (file not in made and _made_since(records, file, crate)):
-            yield Expected(file, records.folder / file, facts, run_records.CRATE)
+            yield _expect(file, records.folder / file, facts, run_records.CRATE)
 
 
 def _made_since(records: Records, file: str, crate: Hashes) -> bool:
@@ -120,7 +133,7 @@ def _raw_inputs(records: Records) -> Iterator[Expected]:
     for artefact in records.artefacts:
         for path, digest in artefact.inputs.items():
             if records.below(path) is None:
-                yield Expected(path, Path(path), {"sha256": digest}, artefact.meta)
+                yield _expect(path, Path(path), {"sha256": digest}, artefact.meta)
 
 
 def _raw_lists(records: Records) -> Iterator[Expected]:
@@ -135,16 +148,12 @@ def _raw_lists(records: Records) -> Iterator[Expected]:
         within = records.below(f"{place}/")
         above = records.folder / within if within is not None else Path(place)
         for row in tables.read_table(records.folder / table, ["path", "sha256"]).itertuples():
-            yield Expected(str(Path(place, row.path)), above / row.path, {"sha256": row.sha256}, table)
-
-
-def _lies_below(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(folder.resolve())
+            yield _expect(str(Path(place, row.path)), above / row.path, {"sha256": row.sha256}, table)
 
 
 def _hash(expected: Sequence[Expected], threads: int) -> dict[str, tuple[int, str] | None]:
     """{real path: bytes and sha256, None if there is no such file}, each read once."""
-    paths = sorted({os.path.realpath(one.path) for one in expected if "sha256" in one.facts})
+    paths = sorted({one.real for one in expected if "sha256" in one.facts})
     jobs = Parallel(n_jobs=threads, prefer="threads", return_as="generator")
     made = jobs(delayed(_facts)(path) for path in paths)
     return dict(zip(paths, progress.bar(made, "files read", total=len(paths)), strict=True))
@@ -163,7 +172,7 @@ def _differing(expected: Sequence[Expected], found: dict[str, tuple[int, str] | 
             if not os.path.lexists(one.path):
                 yield Finding("missing", one.name, f"named by {one.source}")
             continue
-        facts = found[os.path.realpath(one.path)]
+        facts = found[one.real]
         if facts is None:
             yield Finding("missing", one.name, f"named by {one.source}")
             continue
