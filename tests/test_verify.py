@@ -216,3 +216,22 @@ def test_a_copy_under_another_name_is_verified_as_it_is(results):
     assert verify(Path("elsewhere/copy")) == []
     flip(Path("elsewhere/copy", WEIGHTS))
     assert verify(Path("elsewhere/copy")) == [("changed", WEIGHTS)]
+
+
+def test_a_folder_that_got_another_name_still_knows_what_was_made_from_what(results):
+    shutil.move(results, "other")
+    settings = yaml.safe_load(Path("other/config.yaml").read_text())
+    Path("other/config.yaml").write_text(yaml.safe_dump(settings | {"results": "other"}))
+    assert verify(Path("other")) == []
+    manifest = "vase/list_images/manifest.parquet"
+    flip(Path("other", manifest))
+    results_fixtures.record(Path("other"), "vase.list_images", "vase/list_images/meta.json", [manifest])
+    assert verify(Path("other")) == [("older input", "vase/accept_images/main/meta.json")]
+
+
+def test_the_report_is_compared_with_the_crate(results):
+    (results / "report.html").write_text("<p>")
+    assert verify(results) == []
+    describe(results)
+    flip(results / "report.html")
+    assert verify(results) == [("changed", "report.html")]

@@ -21,7 +21,8 @@ LISTING = "files.json"
 META = "meta.json"
 CRATE = "ro-crate-metadata.json"
 NOT_RESULTS = ("logs", "benchmarks", "state", "code", "records")  # below the results, but no results
-OF_RUNS = ("README.md", "config.yaml", "writer.lock")  # written around the jobs, anew by each run
+REPORT = "report.html"
+NOT_RECORDED = (REPORT, "README.md", "config.yaml", "writer.lock")  # not made by steps, so without a record
 
 Facts = Mapping[str, Any]  # {bytes, sha256} of a file
 
@@ -63,7 +64,7 @@ class Records(NamedTuple):
         names: with which recorded paths below it start: that one, and one that it had before.
         artefacts: in order of `meta`.
         listings: {files.json: {file below its folder, relative to the results: its entry}}.
-        files: every file and link but for logs, benchmarks, states and what belongs to runs.
+        files: every file and link but for logs, benchmarks, states and what no step makes.
         recorded: {file: its facts} by metas and listings; a link's are those of what it leads to.
     """
 
@@ -113,7 +114,7 @@ def _files(folder: Path) -> Iterator[str]:
         inner[:] = [name for name in inner if not (top and name in NOT_RESULTS) and not prune.LEFTOVER.fullmatch(name)]
         links = [name for name in inner if os.path.islink(os.path.join(place, name))]
         for name in [*names, *links]:
-            if not (top and name in OF_RUNS) and not prune.LEFTOVER.fullmatch(name):
+            if not (top and name in NOT_RECORDED) and not prune.LEFTOVER.fullmatch(name):
                 yield name if top else f"{within}/{name}"
 
 

@@ -22,7 +22,6 @@ from scripts.common.artefacts import describe_files, sha256_text
 from scripts.common.run_records import Artefact, Facts, Records
 from scripts.common.settings import to_json
 
-REPORT = "report.html"  # below the results
 VERSION = "1.1"  # of RO-Crate, on which the profiles build
 PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
@@ -100,7 +99,7 @@ class _Crate:
             instrument=program,
             object=[self._of(file) for file in others if file.endswith("/config.yaml")],
             result=[entity for entity in results.values() if entity],
-            subjectOf=self._of(REPORT),
+            subjectOf=self._of(run_records.REPORT),
             startTime=first,
             endTime=last,
         )
@@ -119,7 +118,7 @@ class _Crate:
             "name": "Kiln",
             "license": {"@id": LICENCE},
             "programmingLanguage": self.crate.add(language),
-            "hasPart": [self._of(file) for file in sorted(files) if file.endswith((".smk", ".yaml"))],
+            "hasPart": [self._of(file) for file in sorted(files) if file.endswith(".smk") or "/envs/" in file],
             **({"version": ", ".join(commits)} if commits else {}),
             **_sizes(describe_files([self.records.folder / main])[os.path.basename(main)]),
         }
@@ -130,7 +129,7 @@ class _Crate:
         """The entities of an artefact; what is yielded is the action that made it."""
         record, made = artefact.record, []
         for file, facts in artefact.outputs.items():
-            if os.path.lexists(self.records.folder / file):
+            if os.path.exists(self.records.folder / file):
                 made.append(self._file(file, **_sizes(facts)))
         for listing in artefact.listings:
             entity = self._of(listing) or self._file(listing)

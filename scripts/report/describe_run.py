@@ -105,8 +105,8 @@ def _others(results: Path, workflow: str) -> dict[str, dict[str, str]]:
     found[f"{workflow}/config.yaml"]["description"] = "The resolved settings"
     for path in sorted((results / "code").glob("*.json")):
         found[f"code/{path.name}"] = {"description": "Which modules code keys stand for, and the key of each"}
-    if (results / crates.REPORT).is_file():
-        found[crates.REPORT] = {"description": "Pictures, run times and the graph of rules"}
+    if (results / run_records.REPORT).is_file():
+        found[run_records.REPORT] = {"description": "Pictures, run times and the graph of rules"}
     return found
 
 
