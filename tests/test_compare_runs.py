@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import results_fixtures
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_fixtures import METRIC, edit
 
@@ -137,6 +137,7 @@ def test_scores_are_told_with_their_intervals(tmp_path, monkeypatch, capsys, val
     assert found["outputs"]["report.summarise"] == {"a": 1, "b": 1, "other bytes": 1}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=4))
 def test_intervals_overlap_exactly_when_they_share_a_point(ends):
     a, b = sorted(ends[:2]), sorted(ends[2:])
