@@ -12,7 +12,7 @@ PIPELINES ?= vase busi rae coca biomedica
 PRUNED = $(if $(filter-out file,$(origin RESULTS)),--results $(RESULTS))
 DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 
-.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config docs dag status prune accept adopt rehash reshard doctor lock dvc clean-env clean-demo
+.PHONY: help install demo smoke test test-long test-cluster test-conda lint format config docs dag status compare prune accept adopt rehash reshard doctor lock dvc clean-env clean-demo
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -105,6 +105,10 @@ adopt: install ## wait for the Slurm jobs that a killed Snakemake left, so that 
 
 status: install ## the trainings that run or stopped, a line each (RESULTS=results/demo)
 	@$(BIN)/python -m scripts.common.status --state $(RESULTS)/state
+
+compare: install ## what differs between two results folders: settings, code, data, packages, scores (A=results/a B=results/b)
+	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "Error: compare needs two results folders."; echo "Hint: make compare A=results/a B=results/b"; exit 1; }
+	@$(BIN)/python -m scripts.common.compare_runs "$(A)" "$(B)" $(ARGS)
 
 prune: install ## list what no configuration names, what is spent or left over; `make prune YES=1` removes it (CONFIGS="a.yaml b.yaml" OLDER_THAN=14)
 	@$(BIN)/python -m scripts.prune $(PRUNED) $(addprefix --configfile ,$(CONFIGS)) $(if $(OLDER_THAN),--older-than $(OLDER_THAN)) $(if $(YES),--yes)

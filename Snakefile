@@ -29,6 +29,7 @@ include: "rules/coca.smk"
 include: "rules/biomedica.smk"
 include: "rules/report.smk"
 include: "rules/paper.smk"
+include: "rules/provenance.smk"
 include: "rules/guards.smk"
 
 
@@ -44,9 +45,11 @@ localrules:
     vase,
     vase_images,
     vase_quality,
+    verify,
 
 
 rule all:
     default_target: True
     input:
         rules.report.input,
+        rules.report_describe_run.output.crate,

@@ -2,7 +2,7 @@
 What a user looks at: headline numbers, variants, funnels, costs, and two pages that show it all.
 
 REQUIRED INPUTS: the metrics and pictures of the pipelines that `pipelines` names; rules/paper.smk makes the table of
-published numbers.
+published numbers, rules/provenance.smk the RO-Crate.
 
 OUTPUTS:
     {results}/index.html     the front page: headline numbers, pictures, costs, links; one file, no network
@@ -234,6 +234,7 @@ rule report_write_index:
         captions=REPORT_CAPTIONS,
         page=rules.report_render.output.page,
         paper=f"{RESULTS}/paper.html",
+        crate=f"{RESULTS}/ro-crate-metadata.json",
     output:
         page=f"{RESULTS}/index.html",
         meta=f"{RESULTS}/index.meta.json",
@@ -267,6 +268,7 @@ rule report_write_index:
         " 'published numbers'={input.paper:q}"
         " 'pictures and DAG'={input.page:q}"
         " 'variants'={input.variants_page:q}"
+        " 'RO-Crate'={input.crate:q}"
         " --output {output.page:q}"
         " --code-key {params.code}"
         " --threads {threads}"

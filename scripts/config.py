@@ -98,6 +98,7 @@ class Config(Settings):
     )
     rescan: bool = execution(True, description="false: take folders as the last scan saw them, on slow shared disks")
     rehash: bool = execution(False, description="true: read all images anew, to find changes that kept size and mtime")
+    verify_raw: bool = execution(False, description="true: `snakemake verify` reads raw data and models, too")
     resources: ResourceClasses = ResourceClasses()
     demo: DemoSettings = DemoSettings()
     vase: VaseSettings = VaseSettings()

@@ -38,7 +38,9 @@ FAMILIES = {
     "hulumed": [],
     "hulumed_deepspeed": [],
     "retrieve": ["filelock", "hf-xet", "huggingface-hub", "pydantic", "pyyaml", "requests"],
-    "report": [*TABLES, "docutils", "fonttools", "jinja2", "matplotlib", "mplfonts", "psutil", "pygments", "snakemake"],
+    "report": [
+        *TABLES, "docutils", "fonttools", "jinja2", "matplotlib", "mplfonts", "psutil", "pygments", "rocrate", "snakemake",
+    ],  # fmt: skip
 }
 
 

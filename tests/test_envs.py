@@ -42,6 +42,7 @@ def rules() -> dict[str, Rule]:
 
 
 RULES = rules()
+MAKERS = [name for name in RULES if name != "verify"]  # which reads results, and makes none
 
 
 def modules_of(rule: Rule) -> list[str]:
@@ -200,7 +201,7 @@ def test_the_rules_are_found():
     assert "scikit-learn" in reached("scripts.vase.train_classifier")
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_rule_says_all_it_must(name):
     sections = RULES[name].sections
     missing = {"output", "log", "benchmark", "conda", "threads", "message", "params"} - set(sections)
@@ -216,7 +217,15 @@ def test_settings_may_choose_an_environment():
     assert environments_of(RULES["vase_split"]) == {"tables"}
 
 
-@pytest.mark.parametrize("name", RULES)
+def test_verify_makes_nothing_so_that_it_always_runs():
+    """Snakemake takes a benchmark for an output."""
+    sections = RULES["verify"].sections
+    assert not {"input", "output", "benchmark"} & set(sections)
+    assert {"log", "conda", "threads", "message", "params"} <= set(sections)
+    assert "{log" in sections["shell"]
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_one_name_everywhere(name):
     """Rule `vase_split`: script scripts/vase/split.py, logs below vase/split, benchmarks too.
 
