@@ -39,7 +39,16 @@ FAMILIES = {
     "hulumed_deepspeed": [],
     "retrieve": ["filelock", "hf-xet", "huggingface-hub", "pydantic", "pyyaml", "requests"],
     "report": [
-        *TABLES, "docutils", "fonttools", "jinja2", "matplotlib", "mplfonts", "psutil", "pygments", "rocrate", "snakemake",
+        *TABLES,
+        "docutils",
+        "fonttools",
+        "jinja2",
+        "matplotlib",
+        "mplfonts",
+        "psutil",
+        "pygments",
+        "rocrate",
+        "snakemake",
     ],  # fmt: skip
 }
 

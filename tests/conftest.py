@@ -1,6 +1,7 @@
 """What all tests share: the checkout's root, and which tests this machine can run."""
 
 import os
+import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -64,7 +65,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip what needs a GPU, a Slurm cluster or the real images where there are none, and what is long; and say so.
+    """Skip what needs a GPU, a Slurm cluster, a browser or the real images where there are none, and what is long; and
+    say so.
 
     The slowest files come first, so that of several processes none ends long after the others: a slow test counts
     one minute, or those of `slow(minutes=...)`.
@@ -79,7 +81,8 @@ def pytest_collection_modifyitems(config, items):
         minutes[item.path] = minutes.get(item.path, 0) + own
     items.sort(key=lambda item: -minutes[item.path])
     marked = {
-        name: [item for item in items if name in item.keywords] for name in ("gpu", "cluster", "conda", "realdata")
+        name: [item for item in items if item.get_closest_marker(name)]
+        for name in ("gpu", "cluster", "conda", "realdata", "browser")
     }
     reasons = {}
     if marked["gpu"] and not _has_gpu():
@@ -91,6 +94,9 @@ def pytest_collection_modifyitems(config, items):
     if marked["realdata"] and not real_images().is_dir():
         reasons["realdata"] = f"NO REAL IMAGES in {real_images()}: set KILN_REALDATA to their folder"
         warnings.warn(pytest.PytestWarning(reasons["realdata"]), stacklevel=1)
+    if marked["browser"] and shutil.which("chromium") is None:
+        reasons["browser"] = "NO BROWSER: tests/browser/install.sh"
+        warnings.warn(pytest.PytestWarning(reasons["browser"]), stacklevel=1)
     for name, reason in reasons.items():
         for item in marked[name]:
             item.add_marker(pytest.mark.skip(reason=reason))

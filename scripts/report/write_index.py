@@ -33,12 +33,12 @@ WIDE, TALL = 1100, 2.5  # pixels; of the width
 
 
 def bar(one: Mapping[str, Any]) -> dict[str, float]:
-    """Places in percent of a metric's value, interval and baseline on a line from the least of them, or 0, to the
-    largest, or 1."""
+    """Places in percent of a metric's value, interval and baseline on a line that holds them all and 0: to 1 where they
+    are shares."""
     low, high = one.get("ci95") or (one["value"], one["value"])
     known = {"value": one["value"], "low": low, "high": high, "baseline": one.get("baseline")}
     known = {name: value for name, value in known.items() if value is not None}
-    least, most = min(0.0, *known.values()), max(known.values())
+    least, most = min(0.0, *known.values()), max(0.0, *known.values())
     most = max(most, 1.0) if most <= 1 and least >= 0 else most + 0.06 * (most - least)
     return {name: round(100 * (value - least) / (most - least), 2) for name, value in known.items()}
 

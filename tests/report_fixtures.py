@@ -1,0 +1,81 @@
+"""A small results folder for the tests of the report: what its steps read, with known numbers."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+METRIC = {
+    "value": 0.6, "baseline": 0.1, "baseline_kind": "chance", "ci95": [0.5, 0.7], "higher_is_better": True,
+    "trivial": 0.2, "n": 1234,
+}  # fmt: skip
+BENCHMARK = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
+
+
+def write_summary(folder: Path, step: str, summary: dict) -> Path:
+    """summary.json and meta.json of a stage; the summary."""
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps({"step": f"scripts.{step}"}))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder / "summary.json"
+
+
+def write_benchmark(results: Path, job: str, *seconds: float, rss: float = 100, cpu: float = 1) -> None:
+    """The benchmark file of a job, a line for each attempt."""
+    path = results / f"benchmarks/{job}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(BENCHMARK + "".join(f"{one}\t0:00:01\t{rss}\t1\t1\t1\t0\t0\t50\t{cpu}\n" for one in seconds))
+
+
+def picture(path: Path, size: tuple[int, int] = (800, 500)) -> Path:
+    """A PNG of that size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "teal").save(path)
+    return path
+
+
+def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
+    """A results folder of `coca` with two variants, three pictures and one caption."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("results: results\ncoca: {slides: /data/slides}\n")
+    (folder / "summary.json").write_text(json.dumps({"coca": {"retrieval_r5": METRIC}}))
+    rows = [
+        {"pipeline": "coca", "metric": "retrieval_r5", "variant": one, "run": one, "value": value, "n": 1234}
+        for one, value in (("main", 0.6), ("fast", 0.4))
+    ]
+    pd.DataFrame(rows).to_csv(folder / "variants.csv", index=False)
+    fates = [("in", "", 10), ("passed", "", 7), ("quarantined", "truncated <file>", 3)]
+    stage = {"pipeline": "coca", "step": "list_slides", "items": "slide files"}
+    funnels = [{**stage, "fate": fate, "reason": reason, "count": count} for fate, reason, count in fates]
+    pd.DataFrame(funnels).to_csv(folder / "funnels.csv", index=False)
+    rules = {"rule": "coca_train", "jobs": 1, "seconds": 7200.0, "longest": 7200.0, "cpu_seconds": 3.0,
+             "peak_rss_mb": 1234.5, "peak_vram_mb": None, "items": 10, "items_per_second": 2.5}  # fmt: skip
+    pd.DataFrame([rules]).to_csv(folder / "rules.csv", index=False)
+    pd.DataFrame({"slide": ["P1"], "text": ["<b>bold</b>"], "caption": [caption]}).to_parquet(
+        folder / "captions.parquet"
+    )
+    meta = {"git_commit": "a" * 40, "hardware": {"machine": "x86_64", "cpus": 8, "gpus": ["H200"]},
+            "packages": {"torch": "2.14.1"}}  # fmt: skip
+    (folder / "coca/train/main").mkdir(parents=True)
+    (folder / "coca/train/main/meta.json").write_text(json.dumps(meta))
+    for name, size in {"loss": (800, 500), "sheet": (1500, 400), "pairs": (400, 1400)}.items():
+        picture(folder / f"coca/train/main/{name}.png", size)
+    return folder
+
+
+def index_arguments(folder: Path, caption: Path) -> list[str]:
+    """The command line of the front page of such a folder."""
+    tables = {name: f"{folder}/{name}.csv" for name in ("variants", "funnels", "rules")}
+    marked = {
+        "pattern": f"{folder}/coca/train/main/{{name,loss|sheet|pairs}}.png",
+        "caption": str(caption),
+        "category": "coca",
+        "labels": {"step": "train", "picture": "{name}"},
+    }
+    given = [f"--{name}={path}" for name, path in tables.items()]
+    return [
+        f"--results={folder}", f"--summary={folder}/summary.json", *given, f"--captions={folder}/captions.parquet",
+        f"--pictures={json.dumps([marked])}", "--links", f"settings={folder}/config.yaml",
+        f"--output={folder}/index.html", f"--meta={folder}/index.meta.json", "--code-key", "k",
+    ]  # fmt: skip

@@ -1,0 +1,112 @@
+"""The report in a real browser without network: nothing complains, every image shows, on a laptop and on a phone."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import report_fixtures as fixtures
+import workflow
+
+from scripts.report import write_index
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"laptop": (1280, 800), "phone": (375, 812)}
+BROKEN = "[...document.images].filter(one => !one.complete || !one.naturalWidth).map(one => one.alt || one.src)"
+SMALL = "pipelines=[coca] coca.train.epochs=2"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Chromium, which must not reach any network."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+def opened(browser, path: Path, size: tuple[int, int]):
+    """The page of a file, once it is loaded, and what went wrong while it was."""
+    page, wrong = browser.new_page(viewport=dict(zip(("width", "height"), size, strict=True))), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
+    page.goto(path.as_uri(), wait_until="load")
+    page.wait_for_load_state("networkidle")
+    return page, wrong
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """The front page of a small results folder."""
+    place = tmp_path_factory.mktemp("small")
+    (place / "caption.rst").write_text("What {{ snakemake.wildcards.name }} shows.")
+    folder = fixtures.results(place / "results")
+    write_index.main(fixtures.index_arguments(folder, place / "caption.rst"))
+    return folder / "index.html"
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_the_front_page_shows_all_and_scrolls_only_downwards(browser, small, size):
+    page, wrong = opened(browser, small, size)
+    assert wrong == [] and page.evaluate(BROKEN) == []
+    assert page.evaluate("document.images.length") == 3
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    text = page.get_by_text("retrieval r5").first
+    assert text.is_visible() and float(text.evaluate("one => parseFloat(getComputedStyle(one).fontSize)")) >= 14
+    assert page.evaluate("document.fonts.check('16px \"Noto Sans CJK SC\"', '浸')")
+
+
+def test_dark_pages_stay_readable(browser, small):
+    page = browser.new_page(color_scheme="dark")
+    page.goto(small.as_uri())
+    ink, back = page.evaluate("['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])")
+    brightness = [sum(map(int, one[4:-1].split(","))) for one in (ink, back)]
+    assert brightness[0] - brightness[1] > 400
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The results of one pipeline's report by the real workflow."""
+    place = tmp_path_factory.mktemp("made")
+    checkout = workflow.copy_checkout(place / "checkout")
+    shutil.copy(ROOT / "config/demo.yaml", checkout / "config")
+    directory = place / "run"
+    directory.mkdir()
+    workflow.run(
+        checkout, directory, "report", "--configfile", f"{checkout}/config/demo.yaml", "--config", f"set={SMALL}"
+    )
+    return directory / "results/demo"
+
+
+@pytest.mark.slow(minutes=2)
+@pytest.mark.parametrize("name", ["index.html", "report.html", "paper.html"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_the_pages_of_a_real_run_show_all(browser, made, name, size):
+    page, wrong = opened(browser, made / name, size)
+    assert wrong == [] and page.evaluate(BROKEN) == []
+    if name != "report.html":  # Snakemake's own, whose layout is not ours
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+
+
+@pytest.mark.slow(minutes=2)
+def test_snakemakes_own_report_shows_each_picture_with_its_caption(browser, made):
+    page, wrong = opened(browser, made / "report.html", SIZES["laptop"])
+    page.get_by_text("coca", exact=True).first.click()
+    rows = page.locator("table tbody tr")
+    assert rows.count() >= 5
+    assert wrong == []
+
+
+@pytest.mark.slow(minutes=2)
+def test_the_front_page_of_a_real_run_names_its_numbers_and_all_that_lies_beside_it(browser, made):
+    page, _ = opened(browser, made / "index.html", SIZES["laptop"])
+    assert page.get_by_text("retrieval r5").first.is_visible()
+    assert page.get_by_text("drawn data and tiny models").is_visible()
+    links = page.evaluate("[...document.querySelectorAll('nav a')].map(one => one.getAttribute('href'))")
+    assert {"report.html", "paper.html", "ro-crate-metadata.json"} <= set(links)
+    assert all((made / one).is_file() for one in links if not one.startswith("#"))
+    assert page.evaluate("document.images.length") >= 6

@@ -1,0 +1,232 @@
+"""The report's steps: funnels, what jobs took, pictures with captions, and the front page."""
+
+import html.parser
+import json
+import re
+
+import pandas as pd
+import pytest
+import report_fixtures as fixtures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.common.errors import KilnError
+from scripts.report import draw_funnels, measure_jobs, write_index
+from scripts.report.fonts import embedded_face
+from scripts.report.funnels import FORMS, read_stage
+from scripts.report.jobs import by_rule, read_jobs
+from scripts.report.pictures import find_pictures
+
+COUNTS = st.integers(0, 10**7)
+
+
+class Page(html.parser.HTMLParser):
+    """Tags and texts of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+@pytest.mark.parametrize(("pipeline", "step"), [(name, step) for name, steps in FORMS.items() for step in steps])
+def test_a_funnel_counts_every_item_of_each_stage(tmp_path_factory, pipeline, step):
+    form = FORMS[pipeline][step]
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.data())
+    def check(data):
+        counts = {key: data.draw(COUNTS) for key in (*form.passed, *form.lost)}
+        total, kept = sum(counts.values()), sum(counts[key] for key in form.passed)
+        summary = found = {"in": total, **counts}
+        for key in reversed(form.place):
+            summary = {"train" if key == "*" else key: summary}
+        unnamed = sum(counts[key] for key, reason in form.lost.items() if reason is None)
+        summary |= {"reasons": {"torn": unnamed}} if unnamed else {"reasons": {}}
+        folder = tmp_path_factory.mktemp("stage") / step
+        stage = read_stage(pipeline, fixtures.write_summary(folder, f"{pipeline}.{step}", summary))
+        assert (stage.total, stage.passed, sum(stage.lost.values())) == (total, kept, total - kept)
+        assert sum(row["count"] for row in draw_funnels.rows(stage)) == 2 * total
+        shown = draw_funnels.parts(stage)
+        assert sum(shown.values()) == total and len(shown) <= 4
+        found["in"] += 1
+        (folder / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(KilnError, match="in, but"):
+            read_stage(pipeline, folder / "summary.json")
+
+    check()
+
+
+def test_a_funnel_of_another_stage_or_without_counts_is_refused(tmp_path):
+    other = fixtures.write_summary(tmp_path / "train", "rae.train_autoencoder", {})
+    with pytest.raises(KilnError, match="train_autoencoder is no stage of rae that filters"):
+        read_stage("rae", other)
+    empty = fixtures.write_summary(tmp_path / "split", "coca.split", {"in": 3, "train": 3})
+    with pytest.raises(KilnError, match="no count 'validation'"):
+        read_stage("coca", empty)
+
+
+def test_funnels_become_a_table_and_a_picture_for_each_pipeline(tmp_path):
+    reasons = {"torn": 4, "empty": 3, "small": 2, "late": 1}
+    listed = {"files": {"in": 30, "ok": 20, "quarantined": 10}, "reasons": reasons}
+    listed["files"]["reasons"] = reasons
+    files = [
+        fixtures.write_summary(tmp_path / "coca/list_slides", "coca.list_slides", listed),
+        fixtures.write_summary(
+            tmp_path / "coca/split", "coca.split", {"in": 20, "train": 16, "validation": 2, "test": 2}
+        ),
+    ]
+    out = tmp_path / "out"
+    arguments = [f"--output-folder={out}", "--code-key=k", f"--meta={out}/meta.json"]
+    draw_funnels.main([*arguments, "--coca", *map(str, files)])
+    table = pd.read_csv(out / "funnels.csv", keep_default_na=False)
+    assert list(table["count"]) == [30, 20, 4, 3, 2, 1, 20, 20]
+    assert (out / "coca.png").stat().st_size > 5000 and json.loads((out / "meta.json").read_text())["outputs"]
+    stage = read_stage("coca", files[0])
+    assert draw_funnels.parts(stage) == {"passed on": 20, "torn": 4, "empty": 3, "2 other reasons": 3}
+    with pytest.raises(KilnError, match="no summary is given"):
+        draw_funnels.main(arguments)
+
+
+def test_jobs_take_their_last_attempt_and_a_training_all_of_them(tmp_path):
+    fixtures.write_benchmark(tmp_path, "coca/train/main", 50, 7, rss=900, cpu=3)
+    fixtures.write_benchmark(tmp_path, "vase/classify_images/main/s00000", 4)
+    fixtures.write_benchmark(tmp_path, "vase/classify_images/main/s00001", 6, rss=300)
+    (tmp_path / "coca/train/main").mkdir(parents=True)
+    facts = {"wall_seconds": 60.5, "peak_vram_mb": 512.0, "items": 100, "items_per_second": 2.0}
+    (tmp_path / "coca/train/main/meta.json").write_text(json.dumps(facts))
+    (tmp_path / "vase/classify_images/main").mkdir(parents=True)
+    for shard, rate in (("s00000", 5.0), ("s00001", 7.0)):
+        facts = {"wall_seconds": 1.0, "peak_vram_mb": None, "items": 10, "items_per_second": rate}
+        (tmp_path / f"vase/classify_images/main/{shard}.meta.json").write_text(json.dumps(facts))
+    jobs = read_jobs(tmp_path)
+    assert list(jobs["job"]) == ["main", "main/s00000", "main/s00001"]
+    assert list(jobs["seconds"]) == [60.5, 4, 6]
+    table = by_rule(jobs).set_index("rule")
+    assert list(table.index) == ["coca_train", "vase_classify_images"]
+    shards = table.loc["vase_classify_images"]
+    assert (shards["jobs"], shards["seconds"], shards["longest"], shards["peak_rss_mb"]) == (2, 10, 6, 300)
+    assert (shards["items"], shards["items_per_second"]) == (20, 6.0)
+    assert table.loc["coca_train", "peak_vram_mb"] == 512 and pd.isna(shards["peak_vram_mb"])
+    out = tmp_path / "out"
+    measure_jobs.main([f"--results={tmp_path}", f"--output-folder={out}", "--code-key=k", f"--meta={out}/meta.json"])
+    assert len(pd.read_csv(out / "jobs.csv")) == 3 and len(pd.read_csv(out / "rules.csv")) == 2
+
+
+def test_a_torn_benchmark_and_an_empty_folder_are_refused(tmp_path):
+    arguments = [f"--results={tmp_path}", f"--output-folder={tmp_path}/out", "--code-key=k"]
+    with pytest.raises(KilnError, match="no job is noted"):
+        measure_jobs.main([*arguments, f"--meta={tmp_path}/meta.json"])
+    fixtures.write_benchmark(tmp_path, "coca/train/main")
+    with pytest.raises(KilnError, match=r"main\.tsv: no benchmark"):
+        read_jobs(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_found_by_their_wildcards_and_captioned(tmp_path):
+    for place in ("main/lora", "main/qlora", "other/lora", "main/extra/lora"):
+        fixtures.picture(tmp_path / f"{place}/loss.png")
+    caption = tmp_path / "caption.rst"
+    caption.write_text("Loss of **{{ snakemake.wildcards.method }}** & ``vase.sft``.")
+    marked = {"pattern": f"{tmp_path}/main/{{method,lora|qlora}}/loss.png", "caption": str(caption), "category": "busi",
+              "labels": {"step": "train", "method": "{method}"}}  # fmt: skip
+    found = list(find_pictures(marked))
+    assert [one.path.parent.name for one in found] == ["lora", "qlora"]
+    assert found[1].labels == {"step": "train", "method": "qlora"}
+    assert "<strong>qlora</strong> &amp; " in found[1].caption
+    twice = marked | {"pattern": f"{tmp_path}/{{one}}/{{two}}/loss.png", "labels": {}}
+    caption.write_text("{{ snakemake.wildcards.one }}")
+    assert [one.caption for one in find_pictures(twice)] == ["<p>main</p>", "<p>main</p>", "<p>other</p>"]
+    assert list(find_pictures(marked | {"pattern": f"{tmp_path}/nowhere/{{x}}.png"})) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ snakemake.wildcards.unknown }}", "{{ torn", "`torn role", ".. raw:: html\n\n  <b>"]
+)
+def test_a_wrong_caption_is_named(tmp_path, text):
+    (tmp_path / "caption.rst").write_text(text)
+    path = fixtures.picture(tmp_path / "loss.png")
+    marked = {"pattern": str(path), "caption": f"{tmp_path}/caption.rst", "category": "busi", "labels": {}}
+    with pytest.raises(KilnError, match=r"caption\.rst: "):
+        list(find_pictures(marked))
+
+
+NUMBERS = st.floats(-1e6, 1e6)
+
+
+@settings(deadline=None)
+@given(NUMBERS, NUMBERS, NUMBERS, st.none() | NUMBERS)
+def test_a_metrics_line_stays_on_its_bar_in_order(one, two, three, baseline):
+    low, value, high = sorted((one, two, three))
+    places = write_index.bar({"value": value, "ci95": [low, high], "baseline": baseline})
+    assert all(0 <= place <= 100 for place in places.values())
+    assert places["low"] <= places["value"] <= places["high"]
+    assert ("baseline" in places) == (baseline is not None)
+
+
+def test_beating_the_baseline_takes_the_interval_and_its_side():
+    assert write_index.beats(fixtures.METRIC) is True
+    assert write_index.beats(fixtures.METRIC | {"ci95": [0.05, 0.7]}) is False
+    assert write_index.beats(fixtures.METRIC | {"higher_is_better": False}) is False
+    assert write_index.beats(fixtures.METRIC | {"higher_is_better": False, "baseline": 0.8}) is True
+    assert write_index.beats(fixtures.METRIC | {"baseline": None}) is None
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The front page of the small results folder, and its caption file."""
+    caption = tmp_path / "caption.rst"
+    caption.write_text("What {{ snakemake.wildcards.name }} shows.")
+    folder = fixtures.results(tmp_path / "results")
+    write_index.main(fixtures.index_arguments(folder, caption))
+    return folder / "index.html"
+
+
+def test_the_front_page_holds_numbers_pictures_costs_and_links(page):
+    found = Page(page.read_text())
+    for text in ("retrieval r5", "0.600", "0.500 to 0.700", "chance", "cleared", "1,234", "fast", "2.0 h", "1,234 MB",
+                 "What loss shows.", "H200", "a" * 40, "torch 2.14.1", "浸润性导管癌", "<b>bold</b>"):  # fmt: skip
+        assert text in found.texts, text
+    assert "3 truncated <file>" in found.texts
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == 3 and all(one["src"].startswith("data:image/png;base64,") and one["alt"] for one in images)
+    forms = [attributes.get("class") for tag, attributes in found.tags if tag == "figure"]
+    assert sorted(forms) == ["", "tall", "wide"]
+    assert ("a", {"href": "config.yaml"}) in found.tags
+    assert json.loads(page.with_name("index.meta.json").read_text())["outputs"]["index.html"]["bytes"] > 1000
+
+
+def test_the_front_page_needs_no_network_and_no_file_but_its_links(page):
+    text = page.read_text()
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text)
+    assert not re.search(r"url\((?!data:)", text) and "@import" not in text and "<script" not in text
+    for tag, attributes in Page(text).tags:
+        target = attributes.get("href", "#")
+        assert target.startswith(("#", "data:")) or (page.parent / target).is_file(), (tag, target)
+
+
+def test_equal_results_give_an_equal_page_and_broken_links_are_refused(page, tmp_path):
+    before = page.read_bytes()
+    arguments = fixtures.index_arguments(page.parent, tmp_path / "caption.rst")
+    write_index.main(arguments)
+    assert page.read_bytes() == before
+    with pytest.raises(KilnError, match="expected TITLE=FILE below"):
+        write_index.main([one.replace("config.yaml", "gone.yaml") for one in arguments])
+
+
+def test_drawn_data_are_told_from_a_users_own():
+    assert write_index.uses_drawn_data({"results": "r", "rae": {"images": "r/demo/draw_digits/images"}})
+    assert write_index.uses_drawn_data({"results": "r", "biomedica": {"folders": ["a", "r/demo/x"]}})
+    assert not write_index.uses_drawn_data({"results": "r", "rae": {"images": "demo/images", "model": None}})
+
+
+def test_the_font_holds_what_is_used_and_nothing_for_latin_text():
+    assert embedded_face("plain text, é, “quotes”") == ""
+    one, two = embedded_face("浸"), embedded_face("浸润性导管癌")
+    assert one == embedded_face("浸 and latin") and 0 < len(one) < len(two) < 20_000
