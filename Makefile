@@ -30,11 +30,9 @@ $(INSTALLED): $(LOCK)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $(LOCK)
 	@touch $@
 
-demo: install ## all five pipelines on embedded data; ends with the headline numbers
+demo: install ## all five pipelines on embedded data; ends with the headline numbers and where the time went
 	$(DEMO)
-	@echo
-	@$(BIN)/python -m scripts.report.headlines results/demo/summary.json
-	@echo "report: results/demo/report.html"
+	$(BIN)/python -m scripts.report.overview results/demo
 
 smoke: install ## all five pipelines at their published sizes, 5 steps each, random weights (one GPU); `make smoke PIPELINES=rae`
 	$(BIN)/snakemake --configfile config/smoke.yaml --cores $(CORES) $(PIPELINES)

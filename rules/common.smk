@@ -62,10 +62,12 @@ PYTHON = "python" if IN_ENVIRONMENT else shlex.quote(sys.executable)
 STEP_ONLINE = f"env HF_HUB_OFFLINE=0 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 STEP = f"env HF_HUB_OFFLINE=1 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 
+SHELL_PREFIX = "set -euo pipefail; "
 if "SLURM_JOB_ID" in os.environ:
     # Slurm's SIGTERM reaches all processes of a job; without its shell and `tee` a step would end, and a preempted
     # job count as failed instead of being requeued.
-    shell.prefix("set -euo pipefail; trap '' TERM; ")
+    SHELL_PREFIX += "trap '' TERM; "
+    shell.prefix(SHELL_PREFIX)
 
 
 CODES = retrain.Codes(Path(RESULTS, "code"))

@@ -12,6 +12,8 @@ OUTPUTS:
 STEPS: take over a copied folder, look at the plan (in dry runs too), own the results, run, record, describe.
 """
 
+import threading
+
 from snakemake.settings.types import RerunTrigger
 
 from scripts.common import (
@@ -19,6 +21,7 @@ from scripts.common import (
     cluster_guard,
     edited,
     file_times,
+    job_lines,
     locks,
     moments,
     prune,
@@ -139,8 +142,24 @@ def key_environments():
             one.set_params(environment=env_key(Path(file)))
 
 
+def show_job_lines():
+    """Have the terminal show a line for each finished job of a run on this machine; steps' words go to their logs."""
+    here = lambda: workflow.local_exec and not workflow.touch
+    lines = job_lines.show(logger, workflow.output_settings, lambda: len(workflow.dag), here)
+
+    def begin():
+        if here():
+            shell.prefix(f"{SHELL_PREFIX}exec > /dev/null; ")  # what `tee` writes beside the log
+            threading.Thread(target=lines.name_running, args=(logger.info,), daemon=True).start()
+
+    if lines:
+        logger.addHandler(moments.At(moments.PLANNED, begin))
+
+
 key_environments()
 if workflow.is_main_process:
+    if workflow.modifier.parent_modifier is None:
+        show_job_lines()
     logger.addHandler(FAILURES)
     or_stop(records.take_over, Path(RESULTS), METADATA)
     logger.addHandler(moments.At(moments.PLANNED, look_at_plan))
