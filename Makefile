@@ -69,7 +69,7 @@ $(CONDA): tests/conda/requirements.txt tests/conda/channel.py | $(INSTALLED)
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakefmt --check Snakefile rules workflow/Snakefile
 	$(BIN)/snakemake --lint --configfile config/demo.yaml
 	$(BIN)/python -m scripts.config --check
 	$(BIN)/python -m scripts.envs --check
@@ -78,7 +78,7 @@ lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 format: install ## ruff and snakefmt, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/snakefmt Snakefile rules
+	$(BIN)/snakefmt Snakefile rules workflow/Snakefile
 
 config: install ## make config/default.yaml, config/schema.json, envs/*.yaml and the table in docs/reruns.md anew
 	$(BIN)/python -m scripts.config --write

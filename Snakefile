@@ -31,20 +31,6 @@ include: "rules/report.smk"
 include: "rules/guards.smk"
 
 
-localrules:
-    all,
-    report,
-    biomedica,
-    busi,
-    coca,
-    coca_predictions,
-    rae,
-    rae_evaluate_published,
-    vase,
-    vase_images,
-    vase_quality,
-
-
 rule all:
     default_target: True
     input:

@@ -48,6 +48,10 @@ def or_stop(function, *arguments):
         raise WorkflowError(str(error)) from None
 
 
+if workflow.modifier.path_modifier.prefix or workflow.modifier.path_modifier.modifies_prefixes:
+    hint = "leave `prefix` out, and set `results`, `models` and `datasets` in its config"
+    raise WorkflowError(f"Kiln as a module has no `prefix`: its steps are told paths that it would miss\nHint: {hint}")
+
 CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"))
 RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
