@@ -115,13 +115,17 @@ def of(program: str) -> list:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the checkout with its own environment, whose user's settings are the demo's."""
+    """A copy of the checkout with this environment, whose user's settings are the demo's."""
     folder = tmp_path_factory.mktemp("documents") / "kiln"
     away = (".git", ".venv*", "results", "data", "resources", "output", ".snakemake", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*away), symlinks=True)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     demo = (folder / "config/demo.yaml").read_text().replace("results/demo", "results")
     (folder / "config/config.yaml").write_text(demo)
+    profile = (folder / "slurm/config.yaml").read_text()
+    (folder / "slurm/config.yaml").write_text(
+        profile.replace("software-deployment-method: conda\n", "")
+    )  # maybe not here
     return folder
 
 
