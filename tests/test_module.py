@@ -13,6 +13,7 @@ from test_disk import on_a_small_disk, pictures
 
 from scripts.common import locks
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/busi/list_images/manifest.parquet"
 SETTINGS = {

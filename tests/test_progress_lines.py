@@ -40,6 +40,7 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_one_line_with_its_result_and_the_log_file_has_all(run):
     done = snakemake(run)
     assert done.returncode == 0, done.stderr
@@ -53,6 +54,7 @@ def test_a_finished_job_is_one_line_with_its_result_and_the_log_file_has_all(run
     assert "Reason: Missing output files" in log.read_text() and "Finished jobid" in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--printshellcmds", "--verbose"])
 def test_who_asks_for_more_gets_all(run, option):
     done = snakemake(run, option)
@@ -61,17 +63,20 @@ def test_who_asks_for_more_gets_all(run, option):
     assert "Reason: Missing output files" in done.stderr and "Finished jobid" in done.stderr
 
 
+@pytest.mark.slow
 def test_quiet_is_quieter(run):
     done = snakemake(run, "--quiet", "all")
     assert done.returncode == 0 and not LINE.findall(done.stderr) and "demo_draw_digits" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_why(run):
     done = snakemake(run, "--dry-run")
     said = done.stdout + done.stderr
     assert "Reason: Missing output files" in said and "Job stats:" in said and "This was a dry-run" in said
 
 
+@pytest.mark.slow
 def test_a_plugin_that_writes_to_the_terminal_is_left_alone(run, tmp_path_factory):
     place = tmp_path_factory.mktemp("plugins") / "snakemake_logger_plugin_probe"
     place.mkdir()
@@ -96,6 +101,7 @@ class LogHandler(LogHandlerBase):
 RAISE = "lambda argv: (_ for _ in ()).throw(KilnError('no ink', 'buy some'))"
 
 
+@pytest.mark.slow
 def test_a_failing_job_shows_its_error_and_the_end_of_its_log(run, tmp_path_factory):
     checkout = workflow.copy_checkout(tmp_path_factory.mktemp("checkout"))
     broken = checkout / "scripts/demo/draw_digits.py"
