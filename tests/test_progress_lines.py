@@ -14,6 +14,7 @@ import workflow
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snakemake.settings.types import OutputSettings
 
 from scripts.common import job_lines
 
@@ -206,7 +207,16 @@ def test_durations_are_short_and_do_not_shrink(seconds):
     assert abs(float(number) * size - seconds) <= size / 2 + 1e-6 and len(text) <= 8
 
 
-def test_without_a_terminal_handler_nothing_is_changed():
-    """As where a logger plugin writes to the terminal."""
-    logger = logging.Logger("probe")
-    assert job_lines.show(logger, None, lambda: 0, lambda: True) is None and not logger.handlers
+@pytest.mark.parametrize(
+    "asked", [{"quiet": {"all"}}, {"verbose": True}, {"printshellcmds": True}, {"dryrun": True}, {}]
+)
+def test_the_terminal_handler_is_changed_where_nothing_else_is_asked_for(asked):
+    """Without that handler, as where a logger plugin writes to the terminal, nothing is changed either."""
+    logger, handler, formatter = logging.Logger("probe"), logging.StreamHandler(), logging.Formatter()
+    settings = OutputSettings(**asked)
+    assert job_lines.show(logger, settings, lambda: 0, lambda: True) is None
+    handler.name = job_lines.STREAM
+    handler.setFormatter(formatter)
+    logger.addHandler(handler)
+    shown = job_lines.show(logger, settings, lambda: 0, lambda: True)
+    assert (handler.formatter is formatter) == (shown is None) == bool(asked)
