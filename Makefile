@@ -30,11 +30,9 @@ $(INSTALLED): $(LOCK)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $(LOCK)
 	@touch $@
 
-demo: install ## all five pipelines on embedded data; ends with the headline numbers
+demo: install ## all five pipelines on embedded data; ends with the headline numbers and where the time went
 	$(DEMO)
-	@echo
-	@$(BIN)/python -m scripts.report.headlines results/demo/summary.json
-	@echo "report: results/demo/report.html"
+	$(BIN)/python -m scripts.report.overview results/demo
 
 smoke: install ## all five pipelines at their published sizes, 5 steps each, random weights (one GPU); `make smoke PIPELINES=rae`
 	$(BIN)/snakemake --configfile config/smoke.yaml --cores $(CORES) $(PIPELINES)
@@ -71,7 +69,7 @@ $(CONDA): tests/conda/requirements.txt tests/conda/channel.py | $(INSTALLED)
 lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakefmt --check Snakefile rules workflow/Snakefile
 	$(BIN)/snakemake --lint --configfile config/demo.yaml
 	$(BIN)/python -m scripts.config --check
 	$(BIN)/python -m scripts.envs --check
@@ -80,7 +78,7 @@ lint: install ## ruff, snakefmt, snakemake --lint, generated files up to date
 format: install ## ruff and snakefmt, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/snakefmt Snakefile rules
+	$(BIN)/snakefmt Snakefile rules workflow/Snakefile
 
 config: install ## make config/default.yaml, config/schema.json, docs/configuration.md, envs/*.yaml and the table in docs/reruns.md anew
 	$(BIN)/python -m scripts.config --write

@@ -33,21 +33,6 @@ include: "rules/provenance.smk"
 include: "rules/guards.smk"
 
 
-localrules:
-    all,
-    report,
-    biomedica,
-    busi,
-    coca,
-    coca_predictions,
-    rae,
-    rae_evaluate_published,
-    vase,
-    vase_images,
-    vase_quality,
-    verify,
-
-
 rule all:
     default_target: True
     input:

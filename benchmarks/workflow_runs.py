@@ -58,10 +58,10 @@ def _peak_mb(pid: int) -> float:
 
 
 def snakemake(directory: Path, *arguments: str) -> Run:
-    """Run this checkout's workflow in `directory`, on all cores."""
+    """Run this checkout's workflow in `directory`, on all cores; its text has the job table."""
     cores = str(len(os.sched_getaffinity(0)))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", cores]
-    return program([*command, *arguments], directory)
+    return program([*command, "--printshellcmds", *arguments], directory)
 
 
 def configure(directory: Path, settings: dict[str, Any]) -> None:

@@ -48,6 +48,10 @@ def or_stop(function, *arguments):
         raise WorkflowError(str(error)) from None
 
 
+if workflow.modifier.path_modifier.prefix or workflow.modifier.path_modifier.modifies_prefixes:
+    hint = "leave `prefix` out, and set `results`, `models` and `datasets` in its config"
+    raise WorkflowError(f"Kiln as a module has no `prefix`: its steps are told paths that it would miss\nHint: {hint}")
+
 CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"))
 RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
@@ -62,10 +66,12 @@ PYTHON = "python" if IN_ENVIRONMENT else shlex.quote(sys.executable)
 STEP_ONLINE = f"env HF_HUB_OFFLINE=0 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 STEP = f"env HF_HUB_OFFLINE=1 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 
+SHELL_PREFIX = "set -euo pipefail; "
 if "SLURM_JOB_ID" in os.environ:
     # Slurm's SIGTERM reaches all processes of a job; without its shell and `tee` a step would end, and a preempted
     # job count as failed instead of being requeued.
-    shell.prefix("set -euo pipefail; trap '' TERM; ")
+    SHELL_PREFIX += "trap '' TERM; "
+    shell.prefix(SHELL_PREFIX)
 
 
 CODES = retrain.Codes(Path(RESULTS, "code"))

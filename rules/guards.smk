@@ -12,6 +12,8 @@ OUTPUTS:
 STEPS: take over a copied folder, look at the plan (in dry runs too), own the results, run, record, describe.
 """
 
+import threading
+
 from snakemake.settings.types import RerunTrigger
 
 from scripts.common import (
@@ -19,6 +21,7 @@ from scripts.common import (
     cluster_guard,
     edited,
     file_times,
+    job_lines,
     locks,
     moments,
     prune,
@@ -41,6 +44,7 @@ TRAININGS = (
     "rae_train_autoencoder",
     "biomedica_train_clip",
 )
+IN_MODULE = workflow.modifier.parent_modifier is not None
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
 FAILURES = Watch()
 
@@ -54,8 +58,8 @@ def refuse_edited():
 
 def check_disk():
     """Stop, or warn in a dry run, if a disk lacks room for what the jobs that will run write."""
-    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name in WRITES]
-    asked = ((job.rule.name, need) for job in jobs for need in WRITES[job.rule.name](job.wildcards))
+    named = ((name, job) for job in workflow.dag.needrun_jobs() for name in WRITES if retrain.is_rule(job, name))
+    asked = ((name, need) for name, job in named for need in WRITES[name](job.wildcards))
     disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
 
 
@@ -72,6 +76,8 @@ def look_at_plan():
             check_disk()
         if not workflow.dryrun:
             CODES.keep()
+    if IN_MODULE and not workflow.dryrun and any(workflow.dag.needrun_jobs()):
+        begin()  # of a module, Snakemake leaves `onstart` out
 
 
 @functools.cache
@@ -101,6 +107,18 @@ def guard_cluster():
     cluster_guard.check_profile(account, [*table, *filter(None, [plain.get("slurm_partition")])])
     if options.status_command == "squeue":
         cluster_guard.advise_on_job_age(options.init_seconds_before_status_checks, logger.warning)
+
+
+def begin():
+    """Before the first job of a run: own the results, have their clocks in line, leave the configuration with them."""
+    if workflow.is_main_process:
+        or_stop(own_results)
+        if not IN_MODULE:  # the others' files are not ours
+            or_stop(set_future_times)
+    if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
+        or_stop(guard_cluster)
+        record_finished()
+    write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
 
 
 def record_finished():
@@ -139,23 +157,33 @@ def key_environments():
             one.set_params(environment=env_key(Path(file)))
 
 
+def show_job_lines():
+    """Have the terminal show a line for each finished job of a run on this machine; steps' words go to their logs."""
+    here = lambda: workflow.local_exec and not workflow.touch
+    lines = job_lines.show(logger, workflow.output_settings, lambda: len(workflow.dag), here)
+
+    def be_calm():
+        if here():
+            shell.prefix(f"{SHELL_PREFIX}exec > /dev/null; ")  # what `tee` writes beside the log
+            threading.Thread(target=lines.name_running, args=(logger.info,), daemon=True).start()
+
+    if lines:
+        logger.addHandler(moments.At(moments.PLANNED, be_calm))
+
+
 key_environments()
 if workflow.is_main_process:
+    if not IN_MODULE:
+        show_job_lines()
     logger.addHandler(FAILURES)
     or_stop(records.take_over, Path(RESULTS), METADATA)
     logger.addHandler(moments.At(moments.PLANNED, look_at_plan))
-    if workflow.modifier.parent_modifier is None:  # in a module, the other rules are not ours
+    if not IN_MODULE:
         logger.addHandler(moments.At(moments.STARTED, forget_places_of_environments))
 
 
 onstart:
-    if workflow.is_main_process:
-        or_stop(own_results)
-        or_stop(set_future_times)
-    if workflow.is_main_process and workflow.executor_plugin.name == "slurm":
-        or_stop(guard_cluster)
-        record_finished()
-    write_text(Path(RESULTS, "config.yaml"), kiln_config.to_yaml(CONFIG))
+    begin()
 
 
 onsuccess:

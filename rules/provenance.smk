@@ -62,6 +62,7 @@ rule verify:
     # neither input nor output, nor a benchmark, which counts as one: so it always runs, and makes nothing
     log:
         f"{LOGS}/report/verify_results.log",
+    localrule: True
     conda:
         "../envs/tables.yaml"
     threads: class_threads("cpu")

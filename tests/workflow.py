@@ -45,8 +45,8 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def command(checkout: Path, directory: Path, *arguments: str) -> list[str]:
-    """The command line of Snakemake for a checkout, run in `directory`."""
-    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(checkout / "Snakefile")]
+    """The command line of Snakemake for a checkout, run in `directory`, which tells of its jobs in full."""
+    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(checkout / "Snakefile"), "--printshellcmds"]
     return [*snakemake, "--directory", str(directory), "--cores", "2", *arguments]
 
 

@@ -1,12 +1,4 @@
-"""Print the headline numbers of a summary.json, a line each.
-
-python -m scripts.report.headlines results/demo/summary.json
-"""
-
-import sys
-from pathlib import Path
-
-from scripts.common.artefacts import read_json
+"""The headline numbers of a summary.json in words, a line each."""
 
 
 def headline(pipeline: str, name: str, one: dict) -> str:
@@ -23,7 +15,3 @@ def headline(pipeline: str, name: str, one: dict) -> str:
 def headlines(summary: dict) -> list[str]:
     """All lines of a summary."""
     return [headline(pipeline, name, one) for pipeline, metrics in summary.items() for name, one in metrics.items()]
-
-
-if __name__ == "__main__":
-    print("\n".join(headlines(read_json(Path(sys.argv[1])))))
