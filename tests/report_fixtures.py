@@ -21,11 +21,12 @@ def write_summary(folder: Path, step: str, summary: dict) -> Path:
     return folder / "summary.json"
 
 
-def write_benchmark(results: Path, job: str, *seconds: float, rss: float = 100, cpu: float = 1) -> None:
-    """The benchmark file of a job, a line for each attempt."""
+def write_benchmark(results: Path, job: str, *seconds: float, rss: float = 100, cpu: float = 1) -> Path:
+    """The benchmark file of a job, a line for each attempt; its path."""
     path = results / f"benchmarks/{job}.tsv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(BENCHMARK + "".join(f"{one}\t0:00:01\t{rss}\t1\t1\t1\t0\t0\t50\t{cpu}\n" for one in seconds))
+    return path
 
 
 def picture(path: Path, size: tuple[int, int] = (800, 500)) -> Path:

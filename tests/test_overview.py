@@ -5,15 +5,16 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_fixtures import write_benchmark
 
 from scripts.common.errors import KilnError
 from scripts.report import overview
 
 ONE = {"value": 0.6, "baseline": 0.1, "baseline_kind": "chance", "n": 100, "ci95": [0.5, 0.7], "higher_is_better": True}
-HEADER = "s\th:m:s\tmax_rss\n"
 
 
 def results(place: Path, **rules: list[tuple[float, float]]) -> Path:
@@ -21,11 +22,8 @@ def results(place: Path, **rules: list[tuple[float, float]]) -> Path:
     summary = {pipeline: {name: ONE, "other": ONE} for pipeline, name in overview.HEADLINES.items()}
     (place / "summary.json").write_text(json.dumps(summary))
     for rule, jobs in rules.items():
-        folder = place / "benchmarks" / rule.replace("__", "/")
-        folder.mkdir(parents=True)
         for number, (end, seconds) in enumerate(jobs):
-            (folder / f"s{number}.tsv").write_text(f"{HEADER}{seconds}\t0:00:00\t12.5\n")
-            os.utime(folder / f"s{number}.tsv", (end, end))
+            os.utime(write_benchmark(place, f"{rule.replace('__', '/')}/s{number}", seconds), (end, end))
     return place
 
 
@@ -37,7 +35,7 @@ def printed(capsys, place: Path) -> str:
 def test_it_names_the_report_five_headlines_and_the_longest_rules(tmp_path, capsys):
     made = {f"busi__step_{number:02}": [(1000 + number, number)] for number in range(1, 13)}
     text = printed(capsys, results(tmp_path, **made, coca__train=[(2000, 60), (2060, 60)]))
-    assert f"report:         {tmp_path}/report.html" in text and f"all 10 numbers: {tmp_path}/summary.json" in text
+    assert f"the report:     {tmp_path}/index.html" in text and f"all 10 numbers: {tmp_path}/summary.json" in text
     lines = [line for line in text.splitlines() if "chance: 0.100" in line]
     assert [line.split()[:2] for line in lines] == [list(pair) for pair in overview.HEADLINES.items()]
     assert all(line.endswith("  better") for line in lines)
@@ -78,18 +76,6 @@ def test_pipelines_that_did_not_run_are_said_to_be_missing(tmp_path, capsys):
     assert text.count("not in this run") == 4 and "no benchmark tables" in text
 
 
-@pytest.mark.parametrize("text", ["", "a\tb\n1\t2\n", f"{HEADER}soon\t-\t-\n", f"{HEADER}\n"])
-def test_a_table_of_another_form_is_named(tmp_path, text):
-    place = results(tmp_path, rae__a=[(1, 1)])
-    broken = place / "benchmarks/rae/a/s0.tsv"
-    broken.write_text(text)
-    if text in ("", f"{HEADER}\n"):  # a table without rows took no time
-        assert overview.read_jobs(place / "benchmarks")[0].seconds == 0
-        return
-    with pytest.raises(KilnError, match=re.escape(str(broken))):
-        overview.read_jobs(place / "benchmarks")
-
-
 def test_without_a_summary_the_hint_says_what_to_do(tmp_path):
     with pytest.raises(KilnError, match=r"summary\.json: no such file"):
         overview.main([str(tmp_path)])
@@ -98,6 +84,6 @@ def test_without_a_summary_the_hint_says_what_to_do(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 50)), min_size=1))
 @settings(deadline=None)
 def test_busy_time_is_that_of_a_clock(spans):
-    jobs = [overview.Job("a_b", start + seconds, seconds) for start, seconds in spans]
+    jobs = pd.DataFrame([(start + seconds, seconds) for start, seconds in spans], columns=["ended", "seconds"])
     ticks = {tick for start, seconds in spans for tick in range(start, start + seconds)}
     assert overview.busy_seconds(jobs) == len(ticks)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.common.errors import KilnError
-from scripts.report import draw_funnels, measure_jobs, write_index
+from scripts.report import draw_funnels, headlines, measure_jobs, write_index
 from scripts.report.fonts import embedded_face
 from scripts.report.funnels import FORMS, read_stage
 from scripts.report.jobs import by_rule, read_jobs
@@ -171,11 +171,11 @@ def test_a_metrics_line_stays_on_its_bar_in_order(one, two, three, baseline):
 
 
 def test_beating_the_baseline_takes_the_interval_and_its_side():
-    assert write_index.beats(fixtures.METRIC) is True
-    assert write_index.beats(fixtures.METRIC | {"ci95": [0.05, 0.7]}) is False
-    assert write_index.beats(fixtures.METRIC | {"higher_is_better": False}) is False
-    assert write_index.beats(fixtures.METRIC | {"higher_is_better": False, "baseline": 0.8}) is True
-    assert write_index.beats(fixtures.METRIC | {"baseline": None}) is None
+    assert headlines.beats(fixtures.METRIC) is True
+    assert headlines.beats(fixtures.METRIC | {"ci95": [0.05, 0.7]}) is False
+    assert headlines.beats(fixtures.METRIC | {"higher_is_better": False}) is False
+    assert headlines.beats(fixtures.METRIC | {"higher_is_better": False, "baseline": 0.8}) is True
+    assert headlines.beats(fixtures.METRIC | {"baseline": None}) is None
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """The headline numbers of a summary.json in words, a line each."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def headline(pipeline: str, name: str, one: dict) -> str:
     """One readable line of a metric: value, interval, count, baseline, and what trivial features reach."""
@@ -10,6 +13,14 @@ def headline(pipeline: str, name: str, one: dict) -> str:
     if one.get("trivial") is not None:
         line += f"  trivial features: {one['trivial']:.3f}"
     return f"{line}  ({one['label']})" if one.get("label") else line
+
+
+def beats(one: Mapping[str, Any]) -> bool | None:
+    """Whether the interval is clear of the baseline, on its better side; None without one of the two."""
+    if one.get("baseline") is None or not one.get("ci95"):
+        return None
+    low, high = one["ci95"]
+    return low > one["baseline"] if one["higher_is_better"] else high < one["baseline"]
 
 
 def headlines(summary: dict) -> list[str]:

@@ -9,15 +9,16 @@ from scripts.common.errors import KilnError
 
 FACTS = {"seconds": "s", "cpu_seconds": "cpu_time", "peak_rss_mb": "max_rss"}  # ours: Snakemake's column
 RECORDED = ("peak_vram_mb", "items", "items_per_second")
-COLUMNS = ["rule", "job", *FACTS, *RECORDED]
+COLUMNS = ["rule", "job", "ended", *FACTS, *RECORDED]
 
 
 def read_jobs(results: Path) -> pd.DataFrame:
     """A row for each job whose benchmark file lies below `results`, sorted by rule and job.
 
-    Columns: rule (`vase_train_sft`), job (its wildcards, joined by "/"), seconds (with start and imports; of a training
-    that carried on, of all its attempts), cpu_seconds and peak_rss_mb (MiB, all its processes; both of the last
-    attempt), and of its meta.json, where it has them: peak_vram_mb, items, items_per_second; else NaN.
+    Columns: rule (`vase_train_sft`), job (its wildcards, joined by "/"), ended (seconds since the epoch), seconds (with
+    start and imports; of a training that carried on, of all its attempts), cpu_seconds and peak_rss_mb (MiB, all its
+    processes; both of the last attempt), and of its meta.json, where it has them: peak_vram_mb, items,
+    items_per_second; else NaN.
 
     Raises:
         KilnError: a benchmark file cannot be read.
@@ -32,7 +33,8 @@ def read_jobs(results: Path) -> pd.DataFrame:
             raise KilnError(f"{path}: no benchmark of Snakemake's: {error}", "delete it") from None
         made = _record(results.joinpath(pipeline, step, *job))
         facts["seconds"] = max(facts["seconds"], made.get("wall_seconds") or 0)
-        rows.append({"rule": f"{pipeline}_{step}", "job": "/".join(job)} | facts | {k: made.get(k) for k in RECORDED})
+        name = {"rule": f"{pipeline}_{step}", "job": "/".join(job), "ended": path.stat().st_mtime}
+        rows.append(name | facts | {fact: made.get(fact) for fact in RECORDED})
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype(dict.fromkeys((*FACTS, *RECORDED), float))
 

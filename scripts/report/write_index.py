@@ -19,6 +19,7 @@ from PIL import Image
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.fonts import embedded_face
+from scripts.report.headlines import beats
 from scripts.report.pictures import Picture, find_pictures
 
 TITLES = {
@@ -41,14 +42,6 @@ def bar(one: Mapping[str, Any]) -> dict[str, float]:
     least, most = min(0.0, *known.values()), max(0.0, *known.values())
     most = max(most, 1.0) if most <= 1 and least >= 0 else most + 0.06 * (most - least)
     return {name: round(100 * (value - least) / (most - least), 2) for name, value in known.items()}
-
-
-def beats(one: Mapping[str, Any]) -> bool | None:
-    """Whether the interval is clear of the baseline, on its better side; None without one of the two."""
-    if one.get("baseline") is None or not one.get("ci95"):
-        return None
-    low, high = one["ci95"]
-    return low > one["baseline"] if one["higher_is_better"] else high < one["baseline"]
 
 
 def embedded(path: Path) -> str:
