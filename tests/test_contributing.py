@@ -48,7 +48,7 @@ def test_generated_files_that_are_stale_are_refused(name, tmp_path):
     for path in (generated, source):
         assert re.search(HOOKS[name]["files"], path), f"{path} does not call the hook"
     assert hook(name, ROOT).returncode == 0
-    for part in ("scripts", "config", "envs", "rules"):
+    for part in ("scripts", "config", "envs", "rules", "docs"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("requirements.lock", "requirements.in", "pyproject.toml"):
         shutil.copy(ROOT / part, tmp_path)

@@ -62,7 +62,7 @@ def copy(tmp_path: Path) -> Path:
     root.mkdir()
     for name in ("docs", "config", "benchmarks", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "output"))
-    for name in ("mkdocs.yml", "CHANGELOG.md"):
+    for name in ("mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, root / name)
     return root
 
