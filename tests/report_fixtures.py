@@ -60,6 +60,7 @@ def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
             "packages": {"torch": "2.14.1"}}  # fmt: skip
     (folder / "coca/train/main").mkdir(parents=True)
     (folder / "coca/train/main/meta.json").write_text(json.dumps(meta))
+    write_benchmark(folder, "coca/train/main", 7200)
     for name, size in {"loss": (800, 500), "sheet": (1500, 400), "pairs": (400, 1400)}.items():
         picture(folder / f"coca/train/main/{name}.png", size)
     return folder

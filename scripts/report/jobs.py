@@ -1,10 +1,10 @@
 """What every job took, from the workflow's benchmark files and the artefacts' records beside them."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
+from scripts.common.artefacts import read_json
 from scripts.common.errors import KilnError
 
 FACTS = {"seconds": "s", "cpu_seconds": "cpu_time", "peak_rss_mb": "max_rss"}  # ours: Snakemake's column
@@ -31,7 +31,8 @@ def read_jobs(results: Path) -> pd.DataFrame:
             facts = {ours: float(taken[theirs]) for ours, theirs in FACTS.items()}
         except (ValueError, KeyError, IndexError) as error:
             raise KilnError(f"{path}: no benchmark of Snakemake's: {error}", "delete it") from None
-        made = _record(results.joinpath(pipeline, step, *job))
+        record = record_of(results.joinpath(pipeline, step, *job))
+        made = read_json(record) if record else {}
         facts["seconds"] = max(facts["seconds"], made.get("wall_seconds") or 0)
         name = {"rule": f"{pipeline}_{step}", "job": "/".join(job), "ended": path.stat().st_mtime}
         rows.append(name | facts | {fact: made.get(fact) for fact in RECORDED})
@@ -50,8 +51,14 @@ def by_rule(jobs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["seconds", "rule"], ascending=[False, True]).reset_index()
 
 
-def _record(place: Path) -> dict:
-    for path in (place / "meta.json", place.with_name(f"{place.name}.meta.json")):
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return {}
+def record_files(results: Path) -> list[Path]:
+    """The meta.json of each job whose benchmark file lies below `results`, where it has one."""
+    folder = results / "benchmarks"
+    places = (results / path.relative_to(folder).with_suffix("") for path in sorted(folder.rglob("*.tsv")))
+    return [record for record in map(record_of, places) if record]
+
+
+def record_of(place: Path) -> Path | None:
+    """The meta.json of a job whose results lie in the folder `place`, or beside that name."""
+    found = (place / "meta.json", place.with_name(f"{place.name}.meta.json"))
+    return next((path for path in found if path.is_file()), None)

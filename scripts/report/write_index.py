@@ -20,6 +20,7 @@ from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.fonts import embedded_face
 from scripts.report.headlines import beats
+from scripts.report.jobs import record_files
 from scripts.report.pictures import Picture, find_pictures
 
 TITLES = {
@@ -138,8 +139,6 @@ def run(args: argparse.Namespace) -> None:
         own.insert(0 if picture.path.is_relative_to(args.funnels.parent) else len(own), picture)
     config = yaml.safe_load((args.results / "config.yaml").read_text(encoding="utf-8"))
     variants = pd.read_csv(args.variants)
-    metas = [path for pipeline in summary for path in sorted(args.results.glob(f"{pipeline}/*/meta.json"))]
-    metas += [path for pipeline in summary for path in sorted(args.results.glob(f"{pipeline}/*/*/meta.json"))]
     page = _render(
         summary=summary,
         titles=TITLES,
@@ -150,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         funnels={pipeline: by_step(pd.read_csv(args.funnels), pipeline) for pipeline in summary},
         rules=_rows(pd.read_csv(args.rules)),
         captions=captions(args.captions),
-        environment=environment(metas),
+        environment=environment(record_files(args.results)),
         links=links(args.results, args.links),
     )
     artefacts.write_text(args.output, page)
