@@ -136,7 +136,7 @@ def tables(run: Path) -> dict[str, str]:
     """{path: sha256} of all tables that do not depend on how images lie in shards."""
     folder = run / "results/vase"
     found = [p for ending in ("parquet", "tsv", "csv") for p in folder.rglob(f"*.{ending}")]
-    wanted = sorted(p for p in found if p.parent.name not in PER_IMAGE)
+    wanted = sorted(p for p in found if p.relative_to(folder).parts[0] not in PER_IMAGE)
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in wanted}
 
 
@@ -188,10 +188,9 @@ def edit(run: Path, share: float) -> dict[str, int]:
 
 
 def only_changed(edited: dict[str, Any]) -> bool:
-    """Whether each step computed the changed images and no others; a renamed one's results may be found by content."""
-    least, most = edited["rewritten"], edited["rewritten"] + edited["renamed"]
-    first, *others = (edited["computed"][step] for step in PER_IMAGE)
-    return first == most and all(least <= one <= most for one in others)
+    """Whether each step computed the changed images and no others; results of a renamed one are found by content."""
+    inspected, *others = (edited["computed"][step] for step in PER_IMAGE)
+    return inspected == edited["rewritten"] + edited["renamed"] and set(others) == {edited["rewritten"]}
 
 
 def hide_an_edit(run: Path) -> None:

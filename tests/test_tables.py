@@ -43,6 +43,17 @@ def test_any_order_of_rows_gives_the_same_bytes(tmp_path_factory, some, random):
     assert dict(zip(keys, back["reason"].to_pylist(), strict=True)) == {(r[0], r[1]): r[3] for r in some}
 
 
+def test_tables_of_many_pages_do_not_tell_what_they_were_put_together_from(tmp_path):
+    rows = pd.DataFrame({"path": [f"folder/{number:06}/E{number * 7919:09X}.jpg" for number in range(60_000)]})
+    written = set()
+    for count, order in ((1, None), (7, None), (5, np.random.default_rng(0))):
+        numbers = np.arange(len(rows)) if order is None else order.permutation(len(rows))
+        parts = [rows.iloc[part].copy() for part in np.array_split(numbers, count)]
+        write_table(tmp_path / "table.parquet", pd.concat(parts, ignore_index=True), ["path"])
+        written.add((tmp_path / "table.parquet").read_bytes())
+    assert len(written) == 1
+
+
 def test_a_schema_fixes_the_types(tmp_path):
     path = tmp_path / "t.parquet"
     schema = pa.schema([("path", pa.string()), ("width", pa.int32())])

@@ -28,8 +28,8 @@ def write_table(path: Path, frame: pd.DataFrame, sort_by: Sequence[str], schema:
         raise KilnError(f"{path}: two rows for {first}", "each row needs a key of its own; look at the inputs")
     ordered = frame.sort_values(keys, kind="stable").reset_index(drop=True)
     table = pa.Table.from_pandas(ordered, schema=schema, preserve_index=False)
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(None), temporary)
+    with atomic_path(path) as temporary:  # a chunk ends a page, and chunks tell of what the rows were put together from
+        pq.write_table(table.replace_schema_metadata(None).combine_chunks(), temporary)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
