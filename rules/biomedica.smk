@@ -314,12 +314,15 @@ rule biomedica_evaluate:
         weights=BIOMEDICA_RUNS.model_files("biomedica.model.weights"),
     output:
         metrics=f"{BIOMEDICA}/evaluate/{{variant}}/metrics.json",
-        pictures=report(
-            [f"{BIOMEDICA}/evaluate/{{variant}}/{name}.png" for name in BIOMEDICA_PICTURES],
-            caption="captions/biomedica_scores.rst",
-            category="biomedica",
-            labels={"step": "evaluate", "variant": "{variant}", "picture": "scores"},
-        ),
+        pictures=[
+            report(
+                f"{BIOMEDICA}/evaluate/{{variant}}/{name}.png",
+                caption="captions/biomedica_scores.rst",
+                category="biomedica",
+                labels={"step": "evaluate", "variant": "{variant}", "picture": name},
+            )
+            for name in BIOMEDICA_PICTURES
+        ],
         meta=f"{BIOMEDICA}/evaluate/{{variant}}/meta.json",
     log:
         f"{LOGS}/biomedica/evaluate/{{variant}}.log",

@@ -336,12 +336,15 @@ rule coca_evaluate:
         checkpoint=rules.coca_train.output.weights,
     output:
         metrics=f"{COCA}/evaluate/{{variant}}/metrics.json",
-        pictures=report(
-            [f"{COCA}/evaluate/{{variant}}/{name}.png" for name in COCA_PICTURES],
-            caption="captions/coca_scores.rst",
-            category="coca",
-            labels={"step": "evaluate", "variant": "{variant}", "picture": "scores"},
-        ),
+        pictures=[
+            report(
+                f"{COCA}/evaluate/{{variant}}/{name}.png",
+                caption="captions/coca_scores.rst",
+                category="coca",
+                labels={"step": "evaluate", "variant": "{variant}", "picture": name},
+            )
+            for name in COCA_PICTURES
+        ],
         meta=f"{COCA}/evaluate/{{variant}}/meta.json",
     log:
         f"{LOGS}/coca/evaluate/{{variant}}.log",
