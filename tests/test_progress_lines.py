@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snakemake.settings.types import OutputSettings
 
-from scripts.common import job_lines
+from scripts.common import job_lines, progress
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/demo/draw_digits/files.json"
@@ -177,7 +177,7 @@ def test_on_a_cluster_all_is_as_snakemake_says_it():
     assert len(stream.shown) == 3 and all(line.startswith("inner ") for line in stream.shown)
 
 
-def test_jobs_that_take_long_are_named_until_they_end(monkeypatch):
+def test_jobs_that_take_long_are_named_until_they_end(monkeypatch, tmp_path):
     monkeypatch.setattr(job_lines, "FIRST_SILENCE", 0.01)
     stream, said, enough = Stream(), [], threading.Event()
 
@@ -192,6 +192,9 @@ def test_jobs_that_take_long_are_named_until_they_end(monkeypatch):
     threading.Thread(target=stream.lines.name_running, args=(say,), daemon=True).start()
     assert enough.wait(10)
     assert {text for _, text in said} == {"running: coca_train (0 s)"}
+    stream.lines._running[1][1]["log"] = [str(tmp_path / "train.log")]
+    (tmp_path / "train.log").write_text("10:00:00 train: 3 of 9, 1.5/s\n10:00:01 saved\n")
+    assert stream.lines.running() == "coca_train (0 s, train: 3 of 9, 1.5/s)"
     gaps = [after[0] - before[0] for before, after in zip(said[:4], said[1:4], strict=False)]
     assert gaps[2] >= 0.079, gaps  # 0.01, 0.02, 0.04, 0.08 s: each silence is twice the one before
     stream.say("Finished jobid: 1", event="job_finished", job_id=1)
@@ -220,3 +223,23 @@ def test_the_terminal_handler_is_changed_where_nothing_else_is_asked_for(asked):
     logger.addHandler(handler)
     shown = job_lines.show(logger, settings, lambda: 0, lambda: True)
     assert (handler.formatter is formatter) == (shown is None) == bool(asked)
+
+
+def test_the_newest_line_of_progress_is_told(tmp_path, caplog):
+    log = tmp_path / "rule.log"
+    assert progress.last(log) == ""
+    log.write_text("10:00:00 loading 3 of 4\n")
+    assert progress.last(log) == ""
+    with caplog.at_level("INFO", logger="kiln"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "LOG_SECONDS", -1)
+        list(progress.bar(iter("abc"), "read pairs"))
+        list(progress.bar("abc", "train"))
+    told = [one.getMessage() for one in caplog.records]
+    for line in told:
+        with log.open("a") as handle:
+            handle.write(f"x\n10:00:01 {line}\n")
+        assert progress.last(log) == line
+    assert len(told) == 6
+    with log.open("a") as handle:
+        handle.write("y\n" * 5000)
+    assert progress.last(log) == ""

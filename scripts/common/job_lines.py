@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.common import progress
 from scripts.common.artefacts import read_json
 
 STREAM = "DefaultStreamHandler"  # Snakemake's name of its terminal handler; a plugin that writes there replaces it
@@ -83,9 +84,9 @@ class Lines(logging.Formatter):
         return f"{line} -> {result}" if result else line
 
     def running(self) -> str:
-        """The jobs that run, each with its duration."""
+        """The jobs that run, each with its duration and how far its log says it is."""
         now, jobs = time.time(), list(self._running.values())
-        return ", ".join(f"{facts['rule_name']} ({duration(now - started)})" for started, facts in jobs)
+        return ", ".join(f"{facts['rule_name']} ({_so_far(now - started, facts)})" for started, facts in jobs)
 
     def name_running(self, say: Callable[[str], None]) -> None:
         """Never return, and name the running jobs after each silence; for a daemon thread."""
@@ -97,6 +98,11 @@ class Lines(logging.Formatter):
             elif jobs := self.running():
                 say(f"running: {jobs}")
                 silence = min(2 * silence, LONGEST_SILENCE)
+
+
+def _so_far(seconds: float, facts: dict[str, Any]) -> str:
+    told = (progress.last(Path(path)) for path in facts.get("log") or [])
+    return ", ".join([duration(seconds), *filter(None, told)])
 
 
 def _event(record: logging.LogRecord) -> str:
