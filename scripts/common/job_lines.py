@@ -18,7 +18,7 @@ STREAM = "DefaultStreamHandler"  # Snakemake's name of its terminal handler; a p
 METRICS_SHOWN = 2
 FIRST_SILENCE, LONGEST_SILENCE = 60, 1800  # seconds after which the running jobs are named; doubles while nothing ends
 
-_EVENTS = {"workflow_started", "resources_info", "shellcmd", "job_started", "progress"}
+_EVENTS = {"workflow_started", "resources_info", "shellcmd", "job_started", "group_info", "progress"}
 _MESSAGES = (
     "Assuming unrestricted shared filesystem",
     "Building DAG of jobs",
@@ -27,9 +27,12 @@ _MESSAGES = (
     "Execute ",
     "Group jobs: inactive",
     "Select jobs to execute",
+    "Service job ",
     "Singularity containers: ignored",
+    "Terminating service job",
     "Updating checkpoint dependencies",
     "Using shell:",
+    "Waiting at most ",
 )
 
 
