@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from vase_fixtures import ROOT, picture
+from vase_fixtures import ROOT, clip_folder, picture, run
 
 from benchmarks import tables_data
 from scripts.busi import duplicates
 from scripts.busi.thumbnails import Stored, Subset
 from scripts.common import images, tables
+from scripts.vase import link_classes, list_images, score_images
+from scripts.vase.embed_images import write_embeddings
 from scripts.vase.inspect_images import SCHEMA
 
 FEW, MANY = 15_000, 90_000
@@ -107,6 +109,50 @@ def test_no_row_is_lost_on_the_way(measured):
         assert list(links) == sorted(links)
         counts = json.loads((own.folder / "dataset/summary.json").read_text())["rows"]
         assert counts["in"] == own.rows == sum(counts[side] for side in ("train", "validation", "test"))
+
+
+@pytest.mark.slow
+def test_large_tables_do_not_tell_how_images_lie_in_shards(tmp_path):
+    """As after additions and edits, against a run from scratch: at 100,000 rows, whose files have many pages."""
+    rng, count, model = np.random.default_rng(0), 100_000, clip_folder(tmp_path / "clip")
+    names = [f"{row // VIEWS:08X}_{row % VIEWS}_ac001001.jpg" for row in range(count)]
+    facts = {"width": 8, "height": 8, "mode": "RGB", "format": "JPEG", "status": "ok", "reason": "", "generation": 0}
+    frame = pd.DataFrame({
+        "path": [f"renders/{name}" for name in names], "bytes": rng.integers(1, 10**6, count),
+        "sha256": [hashlib.sha256(name.encode()).hexdigest() for name in names], **facts,
+    })  # fmt: skip
+    vectors = rng.normal(size=(count, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    probability = rng.random(count).astype(np.float32)
+    (tmp_path / "images").mkdir()
+    made = []
+    for name, shard_of in (("scratch", np.arange(count) // 4096), ("history", rng.integers(0, 27, count))):
+        folder = tmp_path / name
+        for shard in range(27):
+            own = np.flatnonzero(shard_of == shard)
+            if len(own):
+                place = frame.iloc[own].assign(shard=f"s{shard:05d}")[SCHEMA.names]
+                tables.write_table(folder / f"shards/s{shard:05d}.parquet", place, ["path"], SCHEMA)
+                label = {"probability": probability[own], "label": (probability[own] >= 0.5).astype(np.int8)}
+                tables.write_table(folder / f"classes/s{shard:05d}.parquet", place[["path"]].assign(**label), ["path"])
+                (folder / "embedded").mkdir(exist_ok=True)
+                write_embeddings(folder / f"embedded/s{shard:05d}.arrow", place["path"], vectors[own])
+        shards, classes, embedded = (sorted((folder / part).iterdir()) for part in ("shards", "classes", "embedded"))
+        run(list_images.main, "--shards", *shards, "--output-folder", folder / "listed", "--meta", folder / "l.json")
+        given = (
+            "--images",
+            tmp_path / "images",
+            "--manifest",
+            folder / "listed/manifest.parquet",
+            "--predictions",
+            *classes,
+        )
+        run(link_classes.main, *given, "--output-folder", folder / "linked", "--meta", folder / "c.json")
+        scored = ("--embeddings", *embedded, "--model", model, "--output", folder / "scores.parquet")
+        run(score_images.main, *scored, "--meta", folder / "s.json")
+        files = ("listed/manifest.parquet", "listed/summary.json", "linked/predictions.parquet", "scores.parquet")
+        made.append({file: (folder / file).read_bytes() for file in files})
+    assert made[0].keys() == made[1].keys() and [f for f in made[0] if made[0][f] != made[1][f]] == []
 
 
 def test_few_pictures_are_compared_in_full_and_none_is_missed(tmp_path, monkeypatch):
