@@ -25,12 +25,13 @@ NODES=2 GPUS=2 CPUS=8 MEMORY=12000
 HOST=$(hostname -s)
 
 fail() { echo "Error: the test cluster did not start: $1" >&2; echo "Hint: the logs are in $R/log" >&2; tail -n 20 "$R"/log/* >&2; exit 1; }
-wait_for() { # wait_for SECONDS COMMAND...
-    local tries=$(($1 * 5))
+wait_for() { # wait_for SECONDS COMMAND...: on an idle machine; a busy one may take ten times as long
+    local until=$((SECONDS + 10 * $1))
     shift
-    for _ in $(seq "$tries"); do timeout 5 "$@" >/dev/null 2>&1 && return; sleep 0.2; done
+    while [ $SECONDS -le $until ]; do timeout 30 "$@" >/dev/null 2>&1 && return; sleep 0.2; done
     fail "$*"
 }
+trap 'fail "line $LINENO: $BASH_COMMAND"' ERR
 
 ip link set lo up
 ip address add 192.0.2.1/32 dev lo # leads nowhere; Slurm binds no socket where all that there is is 127.0.0.1
@@ -126,15 +127,19 @@ END
 chmod 600 /etc/slurm/slurmdbd.conf
 slurmdbd
 wait_for 30 sacctmgr -n list cluster
-sacctmgr -i add cluster test >/dev/null
-sacctmgr -i add account ml Cluster=test Description=ml Organization=ml >/dev/null
-sacctmgr -i add user root account=ml DefaultAccount=ml >/dev/null
+account() { # account WORDS LISTING NAME: add an entry, which may be there although the answer came too late
+    wait_for 30 sh -c "sacctmgr -i add $1; sacctmgr -nP list $2 | grep -qx $3"
+}
+account "cluster test" "cluster format=cluster" test
+account "account ml Cluster=test Description=ml Organization=ml" "account format=account" ml
+account "user root account=ml DefaultAccount=ml" "assoc user=root account=ml format=user" root
 
 slurmctld
 wait_for 20 scontrol ping
 for node in $(seq $NODES); do slurmd -N "node$node"; done
 wait_for 30 sh -c "[ \"\$(sinfo -h -N -p cpu -t idle -o %N | wc -l)\" = $NODES ]"
 
+trap - ERR
 status=0
 "$@" || status=$?
 exit $status
