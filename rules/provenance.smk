@@ -76,4 +76,4 @@ rule verify:
     shell:
         "{params.step} scripts.report.verify_results {params.results:q} {params.raw}"
         " --threads {threads}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | tee {log:q} >&2"  # what it says is its result: to the terminal, too

@@ -47,7 +47,7 @@ def only(found: dict, section: str) -> dict:
 
 def test_equal_folders_do_not_differ_whatever_their_names(results, other, capsys):
     found, text = compare(results, other, capsys)
-    assert text == "no difference\n"
+    assert text == f"{compare_runs.SAME}\n"
     assert not any(found.values())
 
 

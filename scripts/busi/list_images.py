@@ -58,9 +58,12 @@ def labels_of(paths: Sequence[str], classes: Sequence[str], folder: Path) -> dic
 
 def _no_class(path: str, top: str | None, classes: Sequence[str], folder: Path) -> KilnError:
     wanted = f"the class folders are {', '.join(classes)} (busi.list.classes), in any letter case"
-    if top is None:
-        return KilnError(f"{folder / path}: not in a class folder; {wanted}", "move it into one, or out of the folder")
     known = {name.casefold(): name for name in classes}
+    if top is None:
+        hint = "move it into one, or out of the folder"
+        if folder.name.casefold() in known:
+            hint = f"set busi.images to {folder.parent}, which holds the class folders"
+        return KilnError(f"{folder / path}: not in a class folder; {wanted}", hint)
     near = difflib.get_close_matches(top.casefold(), known, n=1)
     below = path.split("/")[1].casefold() in known
     if near:

@@ -1,5 +1,6 @@
 """Settings of pipeline `busi`; the defaults are the published values of the Hulu-Med fine-tune on BUSI."""
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -231,4 +232,16 @@ class BusiSettings(VariedSettings):
             raise ValueError(f"evaluate.leak_threshold {self.evaluate.leak_threshold} must be among audit.thresholds")
         if {"ours", "published"} & self.audits.keys():
             raise ValueError("audits: the names ours and published are taken")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_offer_the_classes(self):
+        wanted = {name.casefold() for name in self.list.classes}
+        for prompt in self.conversations.prompts:
+            offered = {name.casefold() for name in re.findall(r"(?<!\w)['\"]([^'\"]+)['\"]", prompt)}
+            if offered and offered != wanted:
+                raise ValueError(
+                    f"conversations.prompts offer the answers {', '.join(sorted(offered))}, but list.classes are "
+                    f"{', '.join(self.list.classes)}: write prompts for your classes, instead of {prompt!r}"
+                )
         return self

@@ -193,12 +193,15 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] <= b[1] and b[0] <= a[1]
 
 
+SAME = "no difference by the records; files themselves are not read, which is what `verify` does"
+
+
 def text(found: Mapping[str, Found]) -> str:
     """The differences as plain text, a table for each section that has some."""
     parts = [f"{section}\n{_table(_ROWS[section](found[section]))}" for section in SECTIONS if found[section]]
     same = [section for section in SECTIONS if not found[section]]
     if not parts:
-        return "no difference"
+        return SAME
     return "\n\n".join([*parts, *([f"the same: {', '.join(same)}"] if same else [])])
 
 

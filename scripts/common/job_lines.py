@@ -120,17 +120,22 @@ def duration(seconds: float) -> str:
 
 
 def outcome(outputs: Sequence[str]) -> str:
-    """What a job's records say came out: its first headline metrics, else how many items; nothing if they do not.
+    """What a job's records say came out: its first headline metrics, else how many items, and how many were rejected or
+    quarantined; nothing if they do not.
 
     Never raises: a record that cannot be read is no reason to stop a run.
     """
-    for name, words in (("metrics.json", _metrics), ("meta.json", _items)):
-        for path in (Path(one) for one in outputs if one.endswith(name)):
-            try:
-                if found := words(read_json(path)):
-                    return found
-            except Exception:  # of another form, say, or removed by another rule
-                continue
+    found = [_first(outputs, "metrics.json", _metrics) or _first(outputs, "meta.json", _items)]
+    return ", ".join(filter(None, [*found, _first(outputs, "summary.json", _left_out)]))
+
+
+def _first(outputs: Sequence[str], name: str, words: Callable[[dict], str]) -> str:
+    for path in (Path(one) for one in outputs if one.endswith(name)):
+        try:
+            if found := words(read_json(path)):
+                return found
+        except Exception:  # of another form, say, or removed by another rule
+            continue
     return ""
 
 
@@ -148,6 +153,12 @@ def _against(one: dict) -> str:
 def _items(record: dict) -> str:
     count = record.get("items")
     return f"{count:,} item{'s' * (count != 1)}" if count is not None else ""
+
+
+def _left_out(summary: dict) -> str:
+    parts = [summary, *(part for part in summary.values() if isinstance(part, dict))]
+    counts = {name: sum(part.get(name, 0) for part in parts) for name in ("rejected", "quarantined")}
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
 def show(logger: logging.Logger, settings: Any, total: Callable[[], int], applies: Callable[[], bool]) -> Lines | None:

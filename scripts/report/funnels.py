@@ -10,6 +10,7 @@ from scripts.common.errors import KilnError
 SIDES = ("train", "validation", "test")
 UNREADABLE = "unreadable"
 TORN = "near-twins disagree"
+WORDS = {"image": "unreadable image"}  # of reasons that are a word too short
 
 
 class Form(NamedTuple):
@@ -105,7 +106,7 @@ def read_stage(pipeline: str, file: Path) -> Stage:
     unnamed = {key: counts[key] for key, reason in form.lost.items() if reason is None and counts[key]}
     if unnamed:
         key = " or ".join(unnamed)
-        lost |= {(key, reason): count for reason, count in summary["reasons"].items() if count}
+        lost |= {(key, WORDS.get(reason, reason)): count for reason, count in summary["reasons"].items() if count}
     tables.reconcile(f"{file}", counts["in"], passed=passed, **{f"{k}: {why}": n for (k, why), n in lost.items()})
     return Stage(pipeline, step, form.items, counts["in"], passed, lost)
 

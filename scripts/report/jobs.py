@@ -1,5 +1,6 @@
 """What every job took, from the workflow's benchmark files and the artefacts' records beside them."""
 
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -33,8 +34,11 @@ def read_jobs(results: Path) -> pd.DataFrame:
             raise KilnError(f"{path}: no benchmark of Snakemake's: {error}", "delete it") from None
         record = record_of(results.joinpath(pipeline, step, *job))
         made = read_json(record) if record else {}
+        started = made.get("started")  # a file's time may be that of a copy
+        ended = datetime.fromisoformat(started).timestamp() + facts["seconds"] if started else path.stat().st_mtime
         facts["seconds"] = max(facts["seconds"], made.get("wall_seconds") or 0)
-        name = {"rule": f"{pipeline}_{step}", "job": "/".join(job), "ended": path.stat().st_mtime}
+        facts["peak_rss_mb"] = max(facts["peak_rss_mb"], made.get("peak_rss_mb") or 0)  # short jobs escape Snakemake
+        name = {"rule": f"{pipeline}_{step}", "job": "/".join(job), "ended": ended}
         rows.append(name | facts | {fact: made.get(fact) for fact in RECORDED})
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype(dict.fromkeys((*FACTS, *RECORDED), float))

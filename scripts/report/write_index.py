@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 import yaml
 from PIL import Image
@@ -88,15 +89,11 @@ def by_step(funnels: pd.DataFrame, pipeline: str) -> dict[str, list[dict]]:
 
 
 def captions(path: Path | None) -> list[dict[str, str]]:
-    """The first captions of a table {slide, text, caption}, by slide; none without a table."""
+    """Captions of a table {slide, text, caption}, evenly spread over its slides; none without a table."""
     if path is None:
         return []
-    return (
-        pd.read_parquet(path, columns=["slide", "text", "caption"])
-        .sort_values("slide")
-        .head(CAPTIONS)
-        .to_dict("records")
-    )
+    frame = pd.read_parquet(path, columns=["slide", "text", "caption"]).sort_values("slide")
+    return frame.iloc[np.linspace(0, len(frame) - 1, min(CAPTIONS, len(frame))).astype(int)].to_dict("records")
 
 
 def links(results: Path, given: Sequence[str]) -> list[tuple[str, str]]:
@@ -150,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
         rules=_rows(pd.read_csv(args.rules)),
         captions=captions(args.captions),
         environment=environment(record_files(args.results)),
+        results=config["results"],
         links=links(args.results, args.links),
     )
     artefacts.write_text(args.output, page)
