@@ -76,6 +76,7 @@ def stand_ins(folder: Path) -> Path:
         for name in [*OURS, *THEIRS]:
             (place / name).write_text(STAND_IN)
             (place / name).chmod(0o755)
+    (folder / ".venv/bin/activate").touch()
     (folder / "own").mkdir()  # what the stand-ins need themselves
     for name in ("bash", "ln"):
         (folder / "own" / name).symlink_to(shutil.which(name))
