@@ -367,12 +367,23 @@ def optional_table(path):
     return lambda wildcards: drawn(path)(wildcards) or ([path] if path else [])
 
 
+def of_folder(folder, function, *arguments):
+    """What `function` finds in a folder of the configuration; its KilnError names the key that holds the folder."""
+    try:
+        return function(*arguments)
+    except KilnError as error:
+        keys = " and ".join(kiln_config.keys_of(CONFIG, folder))
+        told = "" if Path("config/config.yaml").is_file() else "; there is no config/config.yaml here"
+        raise KilnError(f"{error.message} (the value of {keys}{told})" if keys else error.message, error.hint) from None
+
+
 @functools.cache
 def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):
     """What is known of a folder's images, or of its files with other endings: see `scans.Facts`."""
     main = workflow.is_main_process
     seen = scans.Seen(Path(STATE, "scans"), again=main and CONFIG.rescan, write=main and not workflow.dryrun)
-    return seen.facts(Path(folder), extensions, may_be_empty, logger.warning if main else logger.debug)
+    spoken = logger.warning if main else logger.debug
+    return of_folder(folder, seen.facts, Path(folder), extensions, may_be_empty, spoken)
 
 
 def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False):
@@ -404,7 +415,8 @@ class ShardedFolder:
         found = None if CONFIG.rescan or CONFIG.rehash else last(table, logger.warning)
         if found is None:
             made = self.inspected.glob("s*.parquet")
-            found = refresh(table, folder, EXTENSIONS, self.per_shard, write, made, logger.warning)
+            given = (table, folder, EXTENSIONS, self.per_shard, write, made, logger.warning)
+            found = of_folder(self.folder, refresh, *given)
         if CONFIG.rehash:
             found = rehash.mark_changed(found, table, folder, self.inspected, write, logger.warning)
         return found

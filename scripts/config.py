@@ -144,6 +144,18 @@ def current_runs(configs: Iterable[Config]) -> dict[str, set[str]]:
     return found
 
 
+def keys_of(config: Config, value: Any) -> list[str]:
+    """The dotted keys of a configuration that hold a value, such as a folder that is not there."""
+    found, todo = [], [("", config.model_dump())]
+    while todo:
+        place, held = todo.pop()
+        if isinstance(held, Mapping):
+            todo += [(f"{place}.{name}".lstrip("."), one) for name, one in held.items()]
+        elif held == value and type(held) is type(value):
+            found.append(place)
+    return sorted(found)
+
+
 def section(config: Config, dotted: str) -> Any:
     """The settings at a dotted place, such as `vase.classifier`."""
     place: Any = config

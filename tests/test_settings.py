@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 from typing import Literal
 
 import jsonschema
@@ -415,3 +416,9 @@ def test_a_class_keeps_the_values_that_are_not_given(tmp_path):
     assert made.cpu == whole.cpu
     with pytest.raises(KilnError, match="resources.light.memory"):
         config.load({"set": "resources.light.memory=500"}, tmp_path / "none")
+
+
+def test_keys_of_a_value_are_found():
+    made = config.load({"busi": {"images": "/data/both"}, "vase": {"images": "/data/both"}}, Path("none"))
+    assert config.keys_of(made, "/data/both") == ["busi.images", "vase.images"]
+    assert config.keys_of(made, "/nowhere") == []
