@@ -380,7 +380,7 @@ def test_pages_and_table_say_the_same(tmp_path):
             assert row["differences"] in notes
     for pipeline, costs in paper_tables.read_costs(TABLES["paper_costs"]).items():
         own = table[table["pipeline"] == pipeline]
-        assert set(own["command"]) == {f"snakemake reproduce_{pipeline}"}
+        assert set(own["command"]) == {f"snakemake --profile slurm reproduce_{pipeline}"}
         for name, cost in costs.items():
             assert set(own[name]) == {cost.value} and f"({cost.basis}): {cost.how}" in page
     record = json.loads((tmp_path / "paper.meta.json").read_text())

@@ -21,6 +21,7 @@ from scripts.report.paper_tables import METRICS, QUANTITIES, Cost, Target, read_
 from scripts.report.summarise import PIPELINES
 from scripts.retrieve.models import Model, read_table
 
+COMMAND = "snakemake --profile slurm reproduce_{}"
 TEMPLATE = Path(__file__).with_name("paper.html.jinja")
 NUMBERS = ("ours", "this_run")
 FACTS = ("", "_n", "_ci_low", "_ci_high")
@@ -67,7 +68,7 @@ def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[
     """A target's row of the table, by `COLUMNS`; None where there is nothing."""
     best = runs.best(target, models)
     made = dict.fromkeys(COLUMNS) | {name: getattr(target, name) for name in COLUMNS if hasattr(target, name)}
-    made |= {"paper": target.value, "paper_n": target.n, "command": f"snakemake reproduce_{target.pipeline}"}
+    made |= {"paper": target.value, "paper_n": target.n, "command": COMMAND.format(target.pipeline)}
     made |= {name: costs[name].value for name in QUANTITIES}
     if best is None:
         made["protocol"] = NONE if target.value is None else NOT_RUN
@@ -119,7 +120,7 @@ def sections(table: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str
         ]
         notes: list[str] = []
         rows = [cells(one, notes) for one in table if one["pipeline"] == pipeline]
-        part = {"name": pipeline, "command": f"snakemake reproduce_{pipeline}", "costs": own}
+        part = {"name": pipeline, "command": COMMAND.format(pipeline), "costs": own}
         made.append({**part, "rows": rows, "notes": notes})
     return made
 
