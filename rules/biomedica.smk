@@ -317,7 +317,7 @@ rule biomedica_evaluate:
         pictures=[
             report(
                 f"{BIOMEDICA}/evaluate/{{variant}}/{name}.png",
-                caption="captions/biomedica_scores.rst",
+                caption=f"captions/biomedica_evaluate_{name}.rst",
                 category="biomedica",
                 labels={"step": "evaluate", "variant": "{variant}", "picture": name},
             )

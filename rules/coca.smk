@@ -339,7 +339,7 @@ rule coca_evaluate:
         pictures=[
             report(
                 f"{COCA}/evaluate/{{variant}}/{name}.png",
-                caption="captions/coca_scores.rst",
+                caption=f"captions/coca_evaluate_{name}.rst",
                 category="coca",
                 labels={"step": "evaluate", "variant": "{variant}", "picture": name},
             )
