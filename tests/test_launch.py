@@ -278,7 +278,7 @@ def test_child_of_a_launcher_that_has_gone_does_not_start(tmp_path):
 
 
 def test_a_steps_deadline_is_that_of_its_slurm_job(start, tmp_path):
-    before = time.time()
+    before = int(time.time())
     start("--minutes=100", step=("toy_step", str(tmp_path / "a")), **JOB)
     start("--minutes=100", step=("toy_step", str(tmp_path / "b")))
     assert before + 5700 <= int(facts(tmp_path / "a")["deadline"]) <= time.time() + 5701  # 5 % earlier
