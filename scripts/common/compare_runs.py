@@ -68,7 +68,7 @@ def _code(first: Records, second: Records) -> Found:
     """By step: code keys, and the modules behind them that differ; the git commits."""
     a, b = _code_keys(first), _code_keys(second)
     found = _differing(a, b)
-    before, now = _modules(first.folder), _modules(second.folder)
+    before, now = run_records.noted_modules(first.folder), run_records.noted_modules(second.folder)
     for sides in found.values():
         if len(sides) < 2:
             continue
@@ -87,16 +87,6 @@ def _code_keys(records: Records) -> dict[str, list[str]]:
 
 def _commits(records: Records) -> list[str]:
     return sorted({one.record["git_commit"] for one in records.artefacts if one.record.get("git_commit")})
-
-
-def _modules(folder: Path) -> dict[str, dict[str, str]]:
-    """{code key: {module: its key}} of what runs left in {results}/code."""
-    found: dict[str, dict[str, str]] = {}
-    for path in sorted((folder / "code").glob("*.json")):
-        left = read_json(path)
-        for key, modules in left.get("keys", {}).items():
-            found[key] = {name: left["modules"][name] for name in modules}
-    return found
 
 
 def _lists(first: Records, second: Records) -> Found:

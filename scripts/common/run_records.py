@@ -218,6 +218,16 @@ def _former_name(artefacts: list[Artefact], recorded: Mapping[str, Facts]) -> li
     return [name for name, _ in found.most_common(1)]
 
 
+def noted_modules(folder: Path) -> dict[str, dict[str, str]]:
+    """{code key: {module: its key}} of what runs left in {results}/code."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted((folder / "code").glob("*.json")):
+        left = read_json(path)
+        for key, modules in left.get("keys", {}).items():
+            found[key] = {name: left["modules"][name] for name in modules}
+    return found
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The resolved settings of the last run in a results folder; empty if it has left none.
 
