@@ -216,7 +216,7 @@ def test_what_is_not_there_fails(place, tmp_path, conda, pip, said):
 def pictures_of_report(place: Place) -> list[Path]:
     """The pictures that the report is made of, by Snakemake's list of all outputs."""
     done = subprocess.run(
-        place.command("--summary", f"{DEMO}/summary.json"), capture_output=True, text=True, check=True, timeout=300
+        place.command("--summary", f"{DEMO}/report.html"), capture_output=True, text=True, check=True, timeout=300
     )
     names = [line.split("\t")[0] for line in done.stdout.splitlines()]
     return [place.run / name for name in names if name.endswith(".png")]
