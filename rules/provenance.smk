@@ -59,7 +59,8 @@ rule report_describe_run:
 
 
 rule verify:
-    # neither input nor output, nor a benchmark, which counts as one: so it always runs, and makes nothing
+    # Neither input nor output, nor a benchmark, which counts as one: so it always runs, and makes nothing. What it says
+    # is its result, and goes to the terminal, too.
     log:
         f"{LOGS}/report/verify_results.log",
     localrule: True
@@ -76,4 +77,4 @@ rule verify:
     shell:
         "{params.step} scripts.report.verify_results {params.results:q} {params.raw}"
         " --threads {threads}"
-        " 2>&1 | tee {log:q} >&2"  # what it says is its result: to the terminal, too
+        " 2>&1 | tee {log:q} >&2"
