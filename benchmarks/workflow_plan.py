@@ -78,7 +78,7 @@ def finish(run: Path) -> None:
         path = run / line.split("\t")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(RECORD if path.suffix == ".json" else "")
-    runs.snakemake(run, "--touch", "--forceall", "--quiet", "all", "--", *TARGETS)
+    runs.snakemake(run, "--touch", "--forceall", "--", *TARGETS)
 
 
 def repeat(count: int, run: Path, *arguments: str) -> dict[str, Any]:

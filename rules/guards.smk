@@ -72,7 +72,7 @@ def look_at_plan():
         records.keep(Path(RESULTS), METADATA)
     else:
         retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
-        if CONFIG.check_disk:
+        if CONFIG.check_disk and not workflow.touch:  # which writes nothing
             check_disk()
         if not workflow.dryrun:
             CODES.keep()

@@ -93,6 +93,17 @@ def test_jobs_that_do_not_run_need_nothing(checkout, tmp_path):
     assert "Nothing to be done" in text and "too little room" not in text, text
 
 
+def test_touching_writes_nothing_and_needs_no_room(checkout, tmp_path):
+    run = set_up(tmp_path / "run", rae={"images": "data/images", "dataset": {"processes": 1}})
+    pictures(run / "data/images/train/a", 8, side=360)
+    target = "results/rae/build_arrow/summary.json"
+    inner = " ".join(f"'{part}'" for part in workflow.command(checkout, run, target))
+    text = on_a_small_disk(run / "results", 2, f"{inner} --dry-run; echo TOUCH; {inner} --forceall --touch")
+    planned, _, touched = text.partition("TOUCH")
+    assert "too little room" in planned and "too little room" not in touched, text
+    assert "rae_build_arrow" in touched, touched[-3000:]
+
+
 def test_shards_go_if_the_user_wants_the_room(checkout, tmp_path):
     """Results are the same, nothing is planned afterwards, and flipping the key back and forth reruns nothing."""
     kept, gone = (
