@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import entropy
 from vase_fixtures import ROOT, error_of
 from vlm_fixtures import chat_rows, tiny_base
 
 from scripts.busi import fine_tuning, train_lora
+from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import TrainSettings
-from scripts.common import launch
+from scripts.common import launch, vlm
 from scripts.common.errors import KilnError
 
 pytestmark = pytest.mark.slow
@@ -80,7 +82,17 @@ def undisturbed(data, tmp_path_factory) -> Path:
     return out
 
 
-def test_what_it_writes(undisturbed):
+def blind_loss(data: Path) -> float:
+    """Cross-entropy of the frequencies of answers, over the tokens with a label."""
+    rows = read_rows(data / "train.jsonl")
+    assert rows["prompt"].nunique() == 1
+    family = vlm.family("qwen")
+    examples = ChatExamples(data / "images", rows, family, family.load_processor(data / "base"))
+    tokens = sum(int((examples[i].labels != vlm.IGNORED).sum()) for i in range(len(examples)))
+    return len(rows) * float(entropy(rows["answer"].value_counts())) / tokens
+
+
+def test_what_it_writes(undisturbed, data):
     names = {p.name for p in (undisturbed / "final_model").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "files.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
@@ -91,6 +103,7 @@ def test_what_it_writes(undisturbed):
     assert curves["validation"][1]["eval_loss"] < curves["train"][0]["loss"]
     record = json.loads((undisturbed / "meta.json").read_text())
     assert record["method"] == "lora"
+    assert 0 < curves["blind_loss"] == pytest.approx(blind_loss(data))
     assert str(undisturbed) not in (undisturbed / "final_model/adapter_config.json").read_text()
 
 

@@ -348,6 +348,17 @@ def test_a_constant_model_gets_nothing_and_a_perfect_one_all():
     assert (perfect["recall"][1], perfect["median_rank"]) == (1, 1)
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [7, 7, 3, 9, 3, 3], [1, 1, 1]])
+def test_chance_from_ids_alone_is_that_of_any_similarity(ids):
+    noise = np.random.default_rng(0).normal(size=(len(ids), len(ids)))
+    found = retrieval.recall_at_k(noise, [1, 2, 3], (ids, ids))["row_to_column"]["chance"]
+    assert {k: retrieval.chance_recall(ids, k) for k in (1, 2, 3)} == pytest.approx(found)
+    assert retrieval.chance_recall(ids, len(ids)) == 1
+    for k in (0, len(ids) + 1):
+        with pytest.raises(KilnError, match=f"recall at {k} among {len(ids)} candidates"):
+            retrieval.chance_recall(ids, k)
+
+
 def test_chance_is_what_random_similarities_reach():
     rng = np.random.default_rng(2)
     rows, columns = np.arange(30) % 10, np.arange(50) % 10

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from vase_fixtures import ROOT, TECHNIQUES, error_of, technique_rows
 
-from scripts.common import tiny_vlm
+from scripts.common import tiny_vlm, trivial
 
 pytestmark = pytest.mark.slow
 TRAIN = {
@@ -35,6 +35,7 @@ def data(tmp_path_factory) -> Path:
     for kind, answered in (("sft", True), ("grpo", False)):
         technique_rows(root, f"{kind}_train", 20, answered)
         technique_rows(root, f"{kind}_validation", 6, answered)
+    (root / "check.json").write_text(json.dumps({"prompts": 3, "sum": {"mean": 0.25}}))
     return root
 
 
@@ -44,6 +45,7 @@ def command(kind: str, data: Path, out: Path, processes: int = 1, **changes) -> 
         "validation": data / f"{kind}_validation.jsonl", "state-folder": out / "state",
         "tracker-folder": out / "curves", "output-folder": out, "meta": out / "meta.json",
     }  # fmt: skip
+    paths |= {"check": data / "check.json"} if kind == "grpo" else {}
     options = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     values = {kind: {**(SFT if kind == "sft" else GRPO), **changes}}
     values |= {"reward": REWARD} if kind == "grpo" else {}
@@ -92,8 +94,33 @@ def test_what_sft_writes(undisturbed):
     losses = {row["step"]: row["eval_loss"] for row in curves["validation"]}
     assert curves["best_step"] == min(losses, key=losses.get)
     assert losses[6] < curves["train"][0]["loss"]
+    assert list(curves["floors"]) == [trivial.BLIND] and 0 < curves["floors"][trivial.BLIND] < losses[2]
     assert not (out / "state").exists()
     assert list((out / "curves").glob("events.*"))
+
+
+def test_what_is_learned_of_an_answer_is_counted_as_ms_swift_does(data):
+    """The floor of the loss is per token that has a label; ms-swift's own template says which have one."""
+    code = """
+import json, sys
+from swift.model import get_processor
+from swift.template import get_template
+from scripts.vase import swift_template
+swift_template.take_image_tokens_from_tokenizer()
+template = get_template(get_processor(sys.argv[1], model_type="qwen2_5_vl"), template_type="qwen2_5_vl")
+template.set_mode("train")
+answers = json.loads(sys.argv[2])
+rows = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}] for answer in answers]
+labels = [template.encode({"messages": row})["labels"] for row in rows]
+theirs = [sum(one != -100 for one in row) for row in labels]
+print(json.dumps([theirs, swift_template.answer_tokens(sys.argv[1], "qwen2_5_vl", answers)]))
+"""
+    answers = [*TECHNIQUES, "a long answer, of several words and signs!", "x"]
+    command = [sys.executable, "-c", code, str(data / "base"), json.dumps(answers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs, ours = json.loads(done.stdout.splitlines()[-1])
+    assert ours == theirs and len(set(ours)) > 1, (ours, theirs)
 
 
 def test_what_grpo_writes(undisturbed):
@@ -102,6 +129,7 @@ def test_what_grpo_writes(undisturbed):
     assert lines and {"prompt", "completion", "advantages"} <= set(lines[0])
     curves = json.loads((out / "metrics.json").read_text())
     assert len(curves["train"]) == 6 and all("reward" in row for row in curves["train"])
+    assert curves["floors"] == {"before training, 3 prompts": 0.25}
     assert (out / "reward.png").is_file() and (out / "last/adapter_model.safetensors").is_file()
     assert not (out / "state").exists()
 

@@ -35,7 +35,7 @@ from scripts.biomedica.settings import (
     TrainSettings,
 )
 from scripts.biomedica.training import KS, Fit, Loader, Validation
-from scripts.common import artefacts, devices, disk, plots, step, tables, trackers
+from scripts.common import artefacts, devices, disk, plots, retrieval, step, tables, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -317,7 +317,10 @@ def draw(folder: Path, fit: Fit) -> list[Path]:
         f"{way.replace('_', ' ')}, R@{k}": (epochs, [row[f"val_{way}_r{k}"] for row in history])
         for way in ("image_to_text", "text_to_image") for k in KS if f"val_{way}_r{k}" in history[0]
     }  # fmt: skip
-    plots.curves(made[1], recalls, "epoch", "recall", f"CLIP: retrieval on validation (n = {pairs}, {chosen})")
+    ids = fit.validation.caption_ids
+    guesses = {f"R@{k}, a guess": retrieval.chance_recall(ids, k) for k in KS if k <= pairs}
+    title = f"CLIP: retrieval on validation (n = {pairs}, {chosen})"
+    plots.curves(made[1], recalls, "epoch", "recall", title, guesses)
     return made
 
 

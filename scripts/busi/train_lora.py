@@ -18,7 +18,7 @@ from scripts.busi import fine_tuning, lora
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import TrainLoraSettings
-from scripts.common import artefacts, devices, disk, model_folders, plots, preflight, step, trackers, vlm
+from scripts.common import artefacts, devices, disk, model_folders, plots, preflight, step, trackers, trivial, vlm
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
@@ -151,9 +151,14 @@ def write(args, values: TrainLoraSettings, trainer, processor, record) -> None:
         ),
     }
     loss, metrics = folder / "loss.png", folder / "metrics.json"
-    plots.curves(loss, lines, "optimiser step", "loss per answer token", f"BUSI fine-tune ({args.method}): loss", {})
+    rows = read_rows(args.train)
+    tokens = [len(vlm.answer_ids(processor.tokenizer, answer)) for answer in rows["answer"]]
+    blind = trivial.blind_loss(rows["prompt"], rows["answer"], tokens)
+    title = f"BUSI fine-tune ({args.method}): loss"
+    plots.curves(loss, lines, "optimiser step", "loss per answer token", title, {trivial.BLIND: blind})
     trained, parameters = fine_tuning.trainable(trainer.model)
-    artefacts.write_json(metrics, {"trained_parameters": trained, "parameters": parameters, **curves})
+    facts = {"trained_parameters": trained, "parameters": parameters, "blind_loss": blind}
+    artefacts.write_json(metrics, {**facts, **curves})
     final = folder / "final_model"
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = args.base.name  # a path of this machine helps nobody

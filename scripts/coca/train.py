@@ -19,7 +19,7 @@ from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
 from scripts.coca.training import KS, Fit, check_batches
-from scripts.common import artefacts, devices, disk, plots, step, trackers
+from scripts.common import artefacts, devices, disk, plots, retrieval, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -253,7 +253,8 @@ def draw(folder: Path, fit: Fit) -> list[Path]:
     ks = [k for k in KS if f"val_r{k}" in history[0]]
     recalls = {f"R@{k}": (epochs, [row[f"val_r{k}"] for row in history]) for k in ks}
     title = f"CoCa: retrieval on validation, both ways (n = {len(fit.validation)}, {chosen})"
-    plots.curves(made[1], recalls, "epoch", "recall", title)
+    guesses = {f"R@{k}, a guess": retrieval.chance_recall(fit.validation.codes, k) for k in ks}
+    plots.curves(made[1], recalls, "epoch", "recall", title, guesses)
     return made
 
 

@@ -53,9 +53,26 @@ def recall_at_k(
     }
 
 
-def _retrieval(block_of, ids: np.ndarray, candidates: np.ndarray, ks: Sequence[int], name: str) -> dict[str, Any]:
+def chance_recall(ids: ArrayLike, k: int) -> float:
+    """Recall at k of a random order, where an item belongs to the text of its own id and to all of equal ids, n in all.
+
+    Raises:
+        KilnError: k out of range.
+    """
+    _, codes, counts = np.unique(np.asarray(ids), return_inverse=True, return_counts=True)
+    if not 1 <= k <= len(codes):
+        raise KilnError(f"recall at {k} among {len(codes)} candidates", f"choose each k from 1 to {len(codes)}")
+    return _chance(counts[codes], len(codes), k)
+
+
+def _chance(n_right: np.ndarray, candidates: int, k: int) -> float:
+    """Expected share of queries with one of their [n] numbers of right candidates among k drawn ones."""
     from scipy.stats import hypergeom
 
+    return float(hypergeom.sf(0, candidates, n_right, k).mean())
+
+
+def _retrieval(block_of, ids: np.ndarray, candidates: np.ndarray, ks: Sequence[int], name: str) -> dict[str, Any]:
     n, m = len(ids), len(candidates)
     if min(ks) < 1 or max(ks) > m:
         raise KilnError(f"recall at {list(ks)} among {m} candidates of a {name}", f"choose each k from 1 to {m}")
@@ -73,15 +90,12 @@ def _retrieval(block_of, ids: np.ndarray, candidates: np.ndarray, ks: Sequence[i
         best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
         ranks[block] = 1 + (~right & (scores >= best)).sum(axis=1)
 
-    def chance(k: int) -> float:
-        return float(hypergeom.sf(0, m, n_right, k).mean())
-
     return {
         "n": n,
         "recall": {int(k): float(np.mean(ranks <= k)) for k in ks},
-        "chance": {int(k): chance(k) for k in ks},
+        "chance": {int(k): _chance(n_right, m, k) for k in ks},
         "median_rank": float(np.median(ranks)),
-        "chance_median_rank": 1 + bisect_left(range(1, m + 1), 0.5 - 1e-9, key=chance),
+        "chance_median_rank": 1 + bisect_left(range(1, m + 1), 0.5 - 1e-9, key=lambda k: _chance(n_right, m, k)),
         "ranks": ranks,
     }
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from scripts.common import artefacts, devices, disk, model_folders, plots, step, trackers
@@ -16,7 +17,7 @@ from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
 from scripts.common.training_state import KEEP, TrainingState
-from scripts.rae import arrow, checkpoints, latent_stats, published
+from scripts.rae import arrow, checkpoints, latent_stats, losses, pictures, published
 from scripts.rae.autoencoder_training import (
     Fit,
     TrainingPictures,
@@ -35,6 +36,8 @@ from scripts.rae.settings import (
     EncoderSettings,
     PerceptualSettings,
 )
+
+FLAT = 256  # pictures by which the trivial L1 is measured
 
 
 class TrainAutoencoderSettings(Settings):
@@ -190,6 +193,16 @@ def run(args: argparse.Namespace) -> None:
         state.close()
 
 
+def flat_l1(dataset: Path, image_size: int) -> float:
+    """Mean |x - mean colour of x| of centre crops in [0,1] of `FLAT` pictures to train on: L1 of who knows no more."""
+    rows, found = arrow.open_split(dataset, "train"), []
+    chosen = np.linspace(0, len(rows) - 1, min(FLAT, len(rows))).astype(int).tolist()
+    for images in pictures.batches(arrow.Pictures(rows, pictures.CentreCrop(image_size)), chosen, 32, 0):
+        x = images.double() / 255
+        found += (x - x.mean((2, 3), keepdim=True)).abs().mean((1, 2, 3)).tolist()
+    return sum(found) / len(found)
+
+
 def write(args, values: TrainAutoencoderSettings, fit: Fit, mean: torch.Tensor, var: torch.Tensor, record) -> None:
     """Write all outputs; the weights last but for the record."""
     folder, history = args.output_folder, fit.at.history
@@ -202,7 +215,12 @@ def write(args, values: TrainAutoencoderSettings, fit: Fit, mean: torch.Tensor, 
             lines[label] = tuple(zip(*known, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     picture, metrics, weights = (folder / name for name in ("loss.png", "metrics.json", "autoencoder.safetensors"))
-    plots.curves(picture, lines, "epoch", "loss", f"Autoencoder on {args.name}: losses", logarithmic=True)
+    floors = {"L1, a picture's mean colour": flat_l1(args.dataset, values.image_size)}
+    if any("discriminator" in row for row in history):
+        undecided = torch.zeros(1)
+        floors["discriminator, a guess"] = float(losses.discriminator_loss(undecided, undecided))
+    title = f"Autoencoder on {args.name}: losses"
+    plots.curves(picture, lines, "epoch", "loss", title, floors, logarithmic=True)
     artefacts.write_json(metrics, {"steps": fit.at.step, "history": history})
     facts = checkpoints.Facts(
         args.name, checkpoints.identity(args.encoder), values.encoder.input_size, values.image_size,

@@ -1,6 +1,11 @@
-"""A chat template of ms-swift that asks the tokenizer for the number of its image token."""
+"""ms-swift's chat templates: one that asks the tokenizer for the number of its image token, and lengths of answers."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from swift.template import TEMPLATE_MAPPING
 from swift.template.templates.qwen import Qwen2VLTemplate
+from transformers import AutoTokenizer
 
 
 def take_image_tokens_from_tokenizer() -> None:
@@ -18,3 +23,15 @@ def take_image_tokens_from_tokenizer() -> None:
 
     init_processor._kiln = True
     Qwen2VLTemplate.init_processor = init_processor
+
+
+def answer_tokens(model: Path, template: str, answers: Sequence[str]) -> list[int]:
+    """How many tokens of each answer are learned: its own and those that end the turn in ms-swift's `template`."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    parts = TEMPLATE_MAPPING[template].suffix  # texts, and lists of names of single tokens
+    ends = sum(len(one) if isinstance(one, list) else len(_ids(tokenizer, one)) for one in parts)
+    return [len(_ids(tokenizer, answer)) + ends for answer in answers]
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

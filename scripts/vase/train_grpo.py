@@ -31,6 +31,7 @@ class TrainGrpoSettings(Settings):
 def main(argv: Sequence[str] | None = None) -> None:
     made = step.parser(__doc__, TrainGrpoSettings)
     swift_training.add_arguments(made)
+    made.add_argument("--check", type=Path, required=True, help="reward_check.json of rule vase_check_reward")
     made.add_argument("--system", type=Path, help="file with the system prompt (.txt)")
     run(made.parse_args(argv))
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     values = step.read_settings(args)
     swift_training.quiet_other_ranks()
     inputs = {"train": args.train, "validation": args.validation, **model_folders.identity(args.model)}
+    inputs |= {"check": args.check}
     inputs |= {"system": args.system} if args.system else {}
     inputs |= {"reward plugin": Path(values.reward.plugin)} if values.reward.plugin else {}
     record = step.record(args, "scripts.vase.train_grpo", values, inputs)
@@ -68,7 +70,10 @@ def run(args: argparse.Namespace) -> None:
 def write(args: argparse.Namespace, folder: Path, state: dict, record) -> None:
     """Write all outputs; the model's listing last but for the record."""
     out = args.output_folder
-    curves = swift_training.write_curves(out, state, "Vase GRPO: reward", "reward", "mean reward of a step's samples")
+    check = artefacts.read_json(args.check)
+    floors = {f"before training, {check['prompts']} prompts": check["sum"]["mean"]}
+    label = "mean reward of a step's samples"
+    curves = swift_training.write_curves(out, state, "Vase GRPO: reward", "reward", label, floors)
     completions = out / "completions.jsonl"
     with artefacts.atomic_path(completions) as temporary:
         shutil.copyfile(folder / "completions.jsonl", temporary)

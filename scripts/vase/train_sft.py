@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.common import devices, model_folders, step
+from scripts.common import devices, model_folders, step, trivial
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
@@ -18,6 +18,7 @@ from scripts.common.settings import Settings, of_kind
 from scripts.common.trainer_checkpoints import MARK, checkpoints
 from scripts.vase import swift_flags, swift_training
 from scripts.vase.settings import SftSettings, VlmSettings
+from scripts.vase.vqa_rows import read_rows
 
 
 class TrainSftSettings(Settings):
@@ -56,17 +57,18 @@ def run(args: argparse.Namespace) -> None:
 
         state = swift_training.run("sft", flags, values.sft, "vase.sft", folder, args.tracker_folder, on_cpu)
         if first:
-            write(args, folder, state, record)
+            write(args, values, folder, state, record)
     swift_training.finish(args.state_folder, args.meta)
 
 
-def write(args: argparse.Namespace, folder: Path, state: dict, record) -> None:
+def write(args: argparse.Namespace, values: TrainSftSettings, folder: Path, state: dict, record) -> None:
     """Write all outputs; the models' listings last but for the record."""
     whole = {p.name: p for p in checkpoints(folder) if (p / MARK).is_file()}
     best = whole.get(f"checkpoint-{state['best_global_step']}")
     if best is None:
         raise KilnError(f"{folder}: no checkpoint was validated", "make vase.sft.save_steps a multiple of eval_steps")
-    curves = swift_training.write_curves(args.output_folder, state, "Vase SFT: loss", "loss", "loss per answer token")
+    floors, label = blind(args, values.vlm.template), "loss per answer token"
+    curves = swift_training.write_curves(args.output_folder, state, "Vase SFT: loss", "loss", label, floors)
     last = whole[f"checkpoint-{state['global_step']}"]
     base = args.model.name
     listings = [
@@ -74,6 +76,18 @@ def write(args: argparse.Namespace, folder: Path, state: dict, record) -> None:
         for name, checkpoint in (("best", best), ("last", last))
     ]
     record.write(args.meta, [*listings, *curves], items=state["global_step"])
+
+
+def blind(args: argparse.Namespace, template: str) -> dict[str, float]:
+    """The line that a model which sees no image cannot get below; none where rows have answers in several turns."""
+    from scripts.vase import swift_template  # after the environment is set: ms-swift reads it when imported
+
+    rows = read_rows(args.train)
+    if any(role == "assistant" for row in rows for role, _ in row.turns):
+        return {}
+    references = [row.reference for row in rows]
+    tokens = swift_template.answer_tokens(args.model, template, references)
+    return {trivial.BLIND: trivial.blind_loss([row.turns for row in rows], references, tokens)}
 
 
 if __name__ == "__main__":
