@@ -30,13 +30,14 @@ from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
 from scripts import needs
-from scripts.common import disk, rehash, retrain, scans, variants
+from scripts.common import disk, doctor, rehash, retrain, scans, variants
 from scripts.common import code_key as code_keys
 from scripts.common import settings as kiln_settings
 from scripts.common.artefacts import sha256_file
 from scripts.common.errors import KilnError
 from scripts.common.images import EXTENSIONS
 from scripts.common.shards import ShardTable, last, refresh
+from scripts.retrieve import names as model_names
 from scripts.retrieve.models import read_table as read_models
 
 
@@ -59,6 +60,8 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 STATE = f"{RESULTS}/state"
 MODELS_TABLE = f"{ROOT}/config/models.csv"
 MODELS = or_stop(read_models, Path(MODELS_TABLE))
+if workflow.is_main_process and DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
+    or_stop(doctor.require_conda)
 IN_ENVIRONMENT = {DeploymentMethod.CONDA, DeploymentMethod.APPTAINER} & set(
     workflow.deployment_settings.deployment_method
 )
@@ -285,16 +288,21 @@ def disk_mb(rule, *alike, measure=None):
     return lambda wildcards: sum(one.bytes or 0 for one in needed(wildcards)) // 10**6
 
 
+def is_listed(name):
+    """Whether a model is one of config/models.csv; else it is a path. A misspelt name stops the workflow."""
+    return or_stop(model_names.is_listed, name, MODELS)
+
+
 def model_files(name, *files):
     """What a rule that uses a model waits for; `files` are those of a model given by its path."""
-    if name in MODELS:
+    if is_listed(name):
         return [f"{CONFIG.models}/{name}/files.json"]
     return [f"{name}/{file}" for file in files] if files else [os.path.expanduser(name)]
 
 
 def model_file(name):
     """The one weights file of a model: the only file of a retrieved one, or the path itself."""
-    if name not in MODELS:
+    if not is_listed(name):
         return os.path.expanduser(name)
     files = MODELS[name].files
     if len(files) != 1:
@@ -304,7 +312,7 @@ def model_file(name):
 
 def model_folder(name):
     """The folder of a model that consists of several files."""
-    return f"{CONFIG.models}/{name}" if name in MODELS else os.path.expanduser(name)
+    return f"{CONFIG.models}/{name}" if is_listed(name) else os.path.expanduser(name)
 
 
 def model_folder_files(name):

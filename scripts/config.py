@@ -124,7 +124,9 @@ def load(given: Mapping[str, Any], user_file: Path) -> Config:
     values = settings.merge(values, given)
     if overrides:
         values = settings.merge(values, settings.parse_overrides(str(overrides)))
-    return settings.validate(Config, values, f"{user_file.name}, --configfile and --config")
+    sources = [str(user_file)] if user_file.is_file() else []
+    sources += ["--configfile or --config"] if given or overrides else []
+    return settings.validate(Config, values, " and ".join(sources) or "the defaults")
 
 
 def runs(config: Config, pipeline: str) -> dict[str, Config]:

@@ -4,17 +4,19 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import workflow
 from hub_server import HubServer
 
 from scripts.common import network
 from scripts.common.errors import KilnError
-from scripts.retrieve import lock, models, transfer, url
+from scripts.retrieve import lock, models, names, transfer, url
 from scripts.retrieve.models import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -412,3 +414,31 @@ def test_a_broken_lock_is_named(tmp_path):
     path.write_text('{"a": {"source": 1}}', encoding="utf-8")
     with pytest.raises(KilnError, match="not a lock of retrieved files"):
         lock.read(path)
+
+
+def test_a_name_is_listed_or_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    listed = ["resnet50", "dinov2-base"]
+    assert names.is_listed("resnet50", listed)
+    assert not any(names.is_listed(one, listed) for one in ("mine", "./to-be-made", "results/demo/made", "~/model"))
+    with pytest.raises(KilnError, match="did you mean 'dinov2-base'?"):
+        names.is_listed("dinov2-bse", listed)
+    with pytest.raises(KilnError, match="names are resnet50, dinov2-base"):
+        names.is_listed("q", listed)
+
+
+@pytest.mark.parametrize("place,pipeline", [("vase.vlm.model", "vase"), ("busi.base.model", "busi")])
+def test_a_misspelt_model_stops_before_any_job(tmp_path, place, pipeline):
+    given = ("--dry-run", pipeline, "--config", f"set={place}=qwen2.5-vl-7b-instrct")
+    done = workflow.run(ROOT, tmp_path, *given, check=False)
+    assert done.returncode and "did you mean 'qwen2.5-vl-7b-instruct'?" in (said := done.stdout + done.stderr), said
+
+
+def test_environments_without_conda_are_refused_with_a_hint(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    if shutil.which("conda"):
+        pytest.skip("this machine has conda for all")
+    for more in ("--dry-run",), ():
+        done = workflow.run(ROOT, tmp_path, *more, "vase", "--sdm", "conda", check=False)
+        assert done.returncode and "Hint: put conda's folder on PATH" in (said := done.stdout + done.stderr), said

@@ -186,6 +186,30 @@ def test_bad_values_name_the_key(value):
     assert "optimiser.lr = " in fails(Section, {"optimiser": {"lr": value}}).message
 
 
+@pytest.mark.parametrize(
+    "given,says",
+    [
+        ({"vase": {"classifier": {"epochs": "many"}}}, "vase.classifier.epochs = 'many': expected a whole number"),
+        ({"busi": {"methods": "lora"}}, "busi.methods = 'lora': expected a list"),
+        ({"vase": {"classifier": {"lr": "fast"}}}, "vase.classifier.lr = 'fast': expected a number"),
+        ({"rescan": "perhaps"}, "rescan = 'perhaps': expected true or false"),
+        ({"vase": {"classifier": {"schedule": "x"}}}, "vase.classifier.schedule = 'x': expected '"),
+        ({"vase": {"classifier": {"dropout": [0.1]}}}, "vase.classifier.dropout.1 is missing in [0.1]"),
+        ({"vase": {"split": {"train": 0.9}}}, "vase.split = {'train': 0.9}: train + validation + test must be 1"),
+        ({"vase": 3}, "vase = 3: expected key: value pairs"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_words_of_a_config_file(tmp_path, given, says):
+    user = tmp_path / "config.yaml"
+    with pytest.raises(KilnError) as caught:
+        config.load(given, user)
+    assert caught.value.message.startswith(f"settings from --configfile or --config: {says}")
+    user.write_text(json.dumps(given))  # which is YAML, too
+    with pytest.raises(KilnError) as caught:
+        config.load({}, user)
+    assert caught.value.message.startswith(f"settings from {user}: {says}")
+
+
 def test_settings_cannot_change():
     with pytest.raises(ValidationError):
         Section().optimiser.lr = 2.0

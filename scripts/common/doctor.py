@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.common.errors import KilnError
+
 ROOT = Path(__file__).resolve().parents[2]
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
@@ -41,6 +43,20 @@ class Line(NamedTuple):
     mark: str
     about: str
     found: str
+
+
+def require_conda() -> None:
+    """Refuse to make environments without the command that makes them.
+
+    Raises:
+        KilnError: there is no `conda` among the commands.
+    """
+    if shutil.which("conda") is None:
+        raise KilnError(
+            "environments of rules are made by conda, and there is no command `conda`",
+            "put conda's folder on PATH (`module load` it, or install Miniforge); or have all rules use this "
+            "environment: delete `software-deployment-method` from slurm/config.yaml, leave out --sdm",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

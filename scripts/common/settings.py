@@ -137,9 +137,29 @@ def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
                     full = ".".join([*map(str, one["loc"][:-1]), near[0]])
                     hints.append(f"did you mean {full!r}?")
             else:
-                lines.append(f"{key or 'settings'} = {one['input']!r}: {one['msg']}")
+                lines.append(_sentence(key or "settings", one))
         message = f"settings from {source}: " + "; ".join(lines)
         raise KilnError(message, " ".join(hints) or "config/default.yaml lists every key with its default") from None
+
+
+_KINDS = {  # of pydantic's errors, in YAML's words
+    "tuple_type": "a list", "list_type": "a list", "dict_type": "key: value pairs", "model_type": "key: value pairs",
+    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "float_parsing": "a number", "string_type": "a text",
+    "bool_type": "true or false", "bool_parsing": "true or false",
+}  # fmt: skip
+
+
+def _sentence(key: str, error: Mapping[str, Any]) -> str:
+    """What is wrong with a value: an error of pydantic's in a user's words."""
+    kind, said = error["type"], error["msg"]
+    if kind == "missing":
+        return f"{key} is missing in {error['input']!r}"
+    if kind == "value_error":
+        said = str(error["ctx"]["error"])
+    else:
+        said = f"expected {_KINDS[kind]}" if kind in _KINDS else said.replace("Input should be", "expected")
+    return f"{key} = {error['input']!r}: {said}"
 
 
 def _model_at(model: type[BaseModel], location: tuple) -> type[Settings] | None:
