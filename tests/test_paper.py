@@ -411,10 +411,10 @@ def with_row(path: Path, table: Path, number: int, changes: dict[str, str]) -> P
 @pytest.mark.parametrize(
     ("table", "changes", "message"),
     [
-        ("paper_targets", {"pipeline": "ray"}, "pipeline = 'ray': expected"),
+        ("paper_targets", {"pipeline": "ray"}, "pipeline = 'ray': Input should be"),
         ("paper_targets", {"metric": "dinov3_rfid"}, "metric = 'dinov3_rfid' is none of rae's: dinov2_rfid"),
         ("paper_targets", {"source": " "}, "source = ''"),
-        ("paper_targets", {"value": "0,57"}, "value = '0,57': expected a number"),
+        ("paper_targets", {"value": "0,57"}, "value = '0,57': Input should be a valid number"),
         ("paper_targets", {"value": "nan"}, "value = 'nan'"),
         ("paper_targets", {"value": ""}, "empty where protocol is none"),
         ("paper_targets", {"n": ""}, "empty where protocol is none"),
