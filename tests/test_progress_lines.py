@@ -110,7 +110,10 @@ def test_a_failing_job_shows_its_error_and_the_end_of_its_log(run, tmp_path_fact
     workflow.edit(broken, "import colorsys\n", "import colorsys\nfrom scripts.common.errors import KilnError\n")
     done = snakemake(run, checkout=checkout)
     assert done.returncode == 1 and not LINE.findall(done.stderr)
-    assert "Error in rule demo_draw_digits" in done.stderr
+    assert re.search(
+        r"^ FAILED +\d+ s  demo_draw_digits: .* -> see results/logs/demo/draw_digits.log$", done.stderr, re.M
+    )
+    assert done.stderr.count("-m scripts.demo.draw_digits") == 1, "the command stands in the report, and nowhere else"
     report = done.stderr.partition("1 job failed:")[2]
     assert (
         "Error: no ink" in report and "Hint: buy some" in report and "log: results/logs/demo/draw_digits.log" in report
@@ -167,6 +170,18 @@ def test_warnings_and_errors_always_pass_in_their_own_words():
     assert stream.shown == [
         f"inner {m}" for m in ("Select jobs to execute...", "Error in rule x", "Trying to restart job 3.")
     ]
+
+
+def test_a_failed_command_is_one_line_and_any_other_error_is_told_whole():
+    stream = Stream()
+    begin(stream, 3, [])
+    command = "CalledProcessError in file \"x.smk\", line 3:\nCommand 'a\nb' returned non-zero exit status 1."
+    stream.say(f"RuleException:\n{command}", level=logging.ERROR, event="error")
+    stream.say("RuleException:\nKeyError in file x.smk", level=logging.ERROR, event="error")
+    stream.say("Error in rule x", level=logging.ERROR, event="job_error", jobid=3, log=["x.log"])
+    assert stream.shown[0] == "inner RuleException:\nKeyError in file x.smk"
+    assert re.fullmatch(r" FAILED +\d+ s  busi_split: Split -> see x.log", stream.shown[1]), stream.shown
+    assert len(stream.shown) == 2 and stream.lines.running() == ""
 
 
 def test_on_a_cluster_all_is_as_snakemake_says_it():

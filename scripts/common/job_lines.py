@@ -5,6 +5,7 @@ installed package, and a handler of our own would have to know which messages of
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ STREAM = "DefaultStreamHandler"  # Snakemake's name of its terminal handler; a p
 METRICS_SHOWN = 2
 FIRST_SILENCE, LONGEST_SILENCE = 60, 1800  # seconds after which the running jobs are named; doubles while nothing ends
 
+COMMAND_FAILED = re.compile(r"CalledProcessError in file .*\n.*returned non-zero exit status", re.DOTALL)
 _EVENTS = {"workflow_started", "resources_info", "shellcmd", "job_started", "group_info", "progress"}
 _MESSAGES = (
     "Assuming unrestricted shared filesystem",
@@ -60,10 +62,9 @@ class Lines(logging.Formatter):
         if event == "job_info":
             self._running[facts["jobid"]] = record.created, facts
             return False
-        if event == "job_error":
-            self._running.pop(facts["jobid"], None)
         if record.levelno > logging.INFO:
-            return True
+            # a step's whole command, which the report at the end of the run has, too
+            return not (event == "error" and COMMAND_FAILED.search(record.getMessage()))
         return event not in _EVENTS and not str(record.msg).startswith(_MESSAGES)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -72,6 +73,9 @@ class Lines(logging.Formatter):
         if self._applies() and event == "job_finished":
             self._spoke.set()
             return self._finished(record)
+        if self._applies() and event == "job_error" and vars(record)["jobid"] in self._running:
+            self._spoke.set()
+            return self._failed(record)
         if self._applies() and event == "run_info":
             return f"Jobs: {self._total()}. --printshellcmds shows each in full, as Snakemake's log file does."
         return self._inner.format(record)
@@ -80,11 +84,15 @@ class Lines(logging.Formatter):
         started, facts = self._running.pop(vars(record)["job_id"], (record.created, {}))
         self._done += 1
         total = str(self._total())
-        name = facts.get("rule_name", str(record.msg))
-        what = f"{name}: {facts['rule_msg']}" if facts.get("rule_msg") else name
         result = outcome(facts.get("output") or [])
-        line = f"{self._done:>{len(total)}}/{total} {duration(record.created - started):>8}  {what}"
+        line = f"{self._done:>{len(total)}}/{total} {duration(record.created - started):>8}  {_what(facts, record)}"
         return f"{line} -> {result}" if result else line
+
+    def _failed(self, record: logging.LogRecord) -> str:
+        started, facts = self._running.pop(vars(record)["jobid"])
+        logs = ", ".join(map(str, vars(record).get("log") or []))
+        line = f" FAILED {duration(record.created - started):>6}  {_what(facts, record)}"
+        return f"{line} -> see {logs}" if logs else line
 
     def running(self) -> str:
         """The jobs that run, each with its duration and how far its log says it is."""
@@ -101,6 +109,11 @@ class Lines(logging.Formatter):
             elif jobs := self.running():
                 say(f"running: {jobs}")
                 silence = min(2 * silence, LONGEST_SILENCE)
+
+
+def _what(facts: dict[str, Any], record: logging.LogRecord) -> str:
+    name = facts.get("rule_name", str(record.msg))
+    return f"{name}: {facts['rule_msg']}" if facts.get("rule_msg") else name
 
 
 def _so_far(seconds: float, facts: dict[str, Any]) -> str:
