@@ -67,8 +67,9 @@ def make(results: Path, lr: float = 1e-3, metric: dict | None = None) -> Path:
         lr=lr,
     )
 
-    artefacts.write_json(results / "summary.json", {"vase": {"sft_accuracy": metric or METRIC}})
     inputs = ["vase/train_sft/main/metrics.json"]
+    headline = {**(metric or METRIC), "file": inputs[0]}
+    artefacts.write_json(results / "summary.json", {"vase": {"sft_accuracy": headline}})
     record(results, "report.summarise", "summary.meta.json", ["summary.json"], inputs)
 
     settings = {"results": str(results), "vase": {"images": f"{results}/demo/draw/images", "sft": {"lr": lr}}}

@@ -55,6 +55,8 @@ def test_the_front_page_shows_all_and_scrolls_only_downwards(browser, small, siz
     assert wrong == [] and page.evaluate(BROKEN) == []
     assert page.evaluate("document.images.length") == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    edges = "[...document.querySelectorAll('.metrics td')].map(one => one.getBoundingClientRect().right)"
+    assert max(page.evaluate(edges)) <= size[0], "a number is seen by scrolling sideways alone"
     text = page.get_by_text("retrieval r5").first
     assert text.is_visible() and float(text.evaluate("one => parseFloat(getComputedStyle(one).fontSize)")) >= 14
     assert page.evaluate("document.fonts.check('16px \"Noto Sans CJK SC\"', '浸')")

@@ -11,9 +11,7 @@ from scripts.report import trace
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = results_fixtures.make(tmp_path / "results")
-    (made / "vase/train_sft/main/metrics.json").write_text('{"summary": {"sft_accuracy": {}}}')
-    return made
+    return results_fixtures.make(tmp_path / "results")
 
 
 def steps(capsys, results, what: str, *options: str) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any
 
 def headline(pipeline: str, name: str, one: dict) -> str:
     """One readable line of a metric: value, interval, count, baseline, and what trivial features reach."""
-    low, high = one["ci95"]
-    line = f"{pipeline:9} {name:26} {one['value']:.3f} [{low:.3f}, {high:.3f}]  n = {one['n']:<6}"
+    interval = "[{:.3f}, {:.3f}]".format(*one["ci95"]) if one["ci95"] else f"({one.get('reason', 'no interval')})"
+    line = f"{pipeline:9} {name:26} {one['value']:.3f} {interval}  n = {one['n']:<6}"
     if one.get("baseline") is not None:
         line += f"  {one['baseline_kind'].replace('_', ' ')}: {one['baseline']:.3f}"
     if one.get("trivial") is not None:

@@ -29,10 +29,7 @@ def file_of(results: Path, records: Records, asked: str) -> str:
     summary = artefacts.read_json(results / "summary.json") if (results / "summary.json").is_file() else {}
     pipeline, _, metric = asked.partition(".")
     if metric in summary.get(pipeline, {}):
-        made_by = _makers(records)["summary.json"]
-        for path in filter(None, map(records.below, made_by.inputs)):
-            if metric in artefacts.read_json(results / path).get("summary", {}) and path.startswith(f"{pipeline}/"):
-                return path
+        return summary[pipeline][metric]["file"]
     known = ", ".join(f"{name}.{one}" for name, some in summary.items() for one in some)
     what = f"{asked}: no metric of {results}/summary.json and no recorded file"
     raise KilnError(what, f"give a file of the results, or one of {known}")

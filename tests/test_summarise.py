@@ -1,0 +1,59 @@
+"""The headline metrics of all pipelines in one file, and as lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.common.errors import KilnError
+from scripts.report import summarise
+from scripts.report.headlines import headlines
+
+ONE = {"value": 0.5, "baseline": 0.25, "baseline_kind": "chance", "ci95": [0.4, 0.6], "higher_is_better": True, "n": 7}
+FEW = {**ONE, "ci95": None, "reason": "one patient: no interval"}
+
+
+def metrics(path: Path, summary: dict | None, **more) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(({} if summary is None else {"summary": summary}) | more))
+    return path
+
+
+def gathered(results: Path, **files: list[Path]) -> dict:
+    given = [part for name, paths in files.items() for part in (f"--{name}", *map(str, paths))]
+    summarise.main([*given, "--output", str(results / "summary.json"), "--meta", str(results / "summary.meta.json")])
+    return json.loads((results / "summary.json").read_text())
+
+
+def test_each_metric_keeps_its_values_and_names_its_file(tmp_path):
+    first = metrics(tmp_path / "vase/evaluate/main/metrics.json", {"sft_accuracy": ONE})
+    second = metrics(tmp_path / "vase/train_classifier/main/metrics.json", {"quality": FEW})
+    other = metrics(tmp_path / "coca/evaluate/main/metrics.json", {"quality": ONE})
+    assert gathered(tmp_path, vase=[first, second], coca=[other]) == {
+        "vase": {
+            "sft_accuracy": {**ONE, "file": "vase/evaluate/main/metrics.json"},
+            "quality": {**FEW, "file": "vase/train_classifier/main/metrics.json"},
+        },
+        "coca": {"quality": {**ONE, "file": "coca/evaluate/main/metrics.json"}},
+    }
+
+
+def test_what_is_left_out_for_few_items_is_said_and_stops_nothing(tmp_path, caplog):
+    made = metrics(tmp_path / "coca/metrics.json", {}, left_out={"retrieval_r5": "one patient: no interval"})
+    assert gathered(tmp_path, coca=[made]) == {"coca": {}}
+    assert "retrieval_r5 is left out: one patient: no interval" in caplog.text
+
+
+def test_a_file_without_summary_and_a_metric_in_two_files_are_refused(tmp_path):
+    with pytest.raises(KilnError, match="old.json: no section `summary`"):
+        gathered(tmp_path, rae=[metrics(tmp_path / "old.json", None)])
+    twice = [metrics(tmp_path / name, {"rfid": ONE}) for name in ("a.json", "b.json")]
+    with pytest.raises(KilnError, match="rfid stands in two files"):
+        gathered(tmp_path, rae=twice)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_line_has_the_interval_or_says_why_there_is_none():
+    with_interval, without = headlines({"coca": {"a": ONE, "b": FEW}})
+    assert "0.500 [0.400, 0.600]  n = 7 " in with_interval and "chance: 0.250" in with_interval
+    assert "0.500 (one patient: no interval)  n = 7 " in without
