@@ -1,10 +1,13 @@
 """The headline metrics of all pipelines in one file, and as lines."""
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
+from scripts import config
+from scripts.common import prune
 from scripts.common.errors import KilnError
 from scripts.report import summarise
 from scripts.report.headlines import headlines
@@ -57,3 +60,9 @@ def test_a_line_has_the_interval_or_says_why_there_is_none():
     with_interval, without = headlines({"coca": {"a": ONE, "b": FEW}})
     assert "0.500 [0.400, 0.600]  n = 7 " in with_interval and "chance: 0.250" in with_interval
     assert "0.500 (one patient: no interval)  n = 7 " in without
+
+
+def test_every_pipeline_of_the_configuration_is_reported_on_and_pruned():
+    (named,) = typing.get_args(config.Config.model_fields["pipelines"].annotation)
+    assert typing.get_args(named) == summarise.PIPELINES
+    assert set(summarise.PIPELINES) <= set(prune.OURS)
