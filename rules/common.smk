@@ -385,9 +385,13 @@ def of_folder(folder, function, *arguments):
         raise KilnError(f"{error.message} (the value of {keys}{told})" if keys else error.message, error.hint) from None
 
 
-@functools.cache
 def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):
-    """What is known of a folder's images, or of its files with other endings: see `scans.Facts`."""
+    """What is known of a folder's images, or of its files with other endings: see `scans.Facts`. Scanned once a run."""
+    return _folder_facts(folder, extensions, may_be_empty)  # a cache tells a default from the same value that is given
+
+
+@functools.cache
+def _folder_facts(folder, extensions, may_be_empty):
     main = workflow.is_main_process
     seen = scans.Seen(Path(STATE, "scans"), again=main and CONFIG.rescan, write=main and not workflow.dryrun)
     spoken = logger.warning if main else logger.debug

@@ -218,3 +218,12 @@ def test_each_filesystem_by_itself(tmp_path, monkeypatch):
     said = []
     disk.require(systems, said.append)
     assert said == [str(error.value)]
+
+
+def test_a_folder_that_two_look_at_is_scanned_once(checkout, tmp_path):
+    """The room that Arrow needs and the digest that reruns it: on some disks a scan of ImageNet takes minutes."""
+    run = set_up(tmp_path / "run", rae={"images": "data/images", "dataset": {"processes": 1}}, rescan=False)
+    pictures(run / "data/images/train/a", 2)
+    pictures(run / "data/images/val/a", 2, seed=1)
+    done = workflow.run(checkout, run, "results/rae/build_arrow/summary.json", "--dry-run")
+    assert (done.stdout + done.stderr).count("no earlier scan of it is known") == 1, done.stdout + done.stderr
