@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.common import artefacts
@@ -471,3 +471,55 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
     with artefacts.atomic_folder(tmp_path / "out") as temporary:
         (temporary / "a").write_text("a")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out2.1.tmp", "out"]
+
+
+def test_links_that_stay_take_no_new_inode_and_those_that_lead_elsewhere_are_made_anew(tmp_path, sources):
+    folder = tmp_path / "accepted"
+    link_folder(folder, sources)
+    inodes = {name: (folder / name).lstat().st_ino for name in LINKED}
+    moved, kept = LINKED[0], LINKED[1:]
+    other = tmp_path / "raw/other.png"
+    other.write_text("other")
+    link_folder(folder, {**sources, moved: other, "new.png": other})
+    assert {name: (folder / name).lstat().st_ino for name in kept} == {name: inodes[name] for name in kept}
+    assert all((folder / name).lstat().st_nlink == 1 and (folder / name).is_symlink() for name in LINKED)
+    assert (folder / moved).read_text() == (folder / "new.png").read_text() == "other"
+    assert all((folder / name).read_text() == name for name in kept)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EMLINK, errno.ENOTSUP])
+def test_a_disk_without_second_names_of_links_gets_new_ones(tmp_path, sources, monkeypatch, error):
+    def refuse(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    folder = tmp_path / "accepted"
+    link_folder(folder, sources)
+    monkeypatch.setattr(artefacts.os, "link", refuse)
+    link_folder(folder, sources)
+    assert all((folder / name).read_text() == name for name in LINKED)
+
+
+def test_a_full_disk_while_linking_keeps_the_old_folder(tmp_path, sources, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "accepted"
+    link_folder(folder, sources)
+    monkeypatch.setattr(artefacts.os, "link", full)
+    with pytest.raises(KilnError, match="accepted"):
+        link_folder(folder, sources)
+    assert all((folder / name).read_text() == name for name in LINKED) and names(tmp_path) == ["accepted", "raw"]
+
+
+@given(st.dictionaries(st.text(min_size=1), st.dictionaries(st.text(), st.integers() | st.text() | st.none())))
+@settings(deadline=None)
+def test_the_listing_is_written_as_json_itself_indents_it(tmp_path_factory, records):
+    """Names that are no file names are left out; those with odd signs are not."""
+    records = {
+        name: facts
+        for name, facts in sorted(records.items())
+        if name.isprintable() and not set(name) & set("/.\0") and len(name.encode()) < 200
+    }
+    folder = tmp_path_factory.mktemp("linked") / "made"
+    link_folder(folder, dict.fromkeys(records, Path("/nowhere")), records)
+    assert (folder / "files.json").read_text(encoding="utf-8") == json.dumps(records, indent=1) + "\n"

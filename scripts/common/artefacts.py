@@ -163,8 +163,9 @@ def link_folder(folder: Path, links: Mapping[str, Path], records: Mapping[str, M
 def link_rows(folder: Path, rows: Iterable[tuple[str, Path | str, Mapping]]) -> None:
     """`link_folder` of (name, target, record), in order of name; memory does not grow with their number."""
     final = folder.parent.resolve() / folder.name  # the folder itself is replaced, even where it is a link
+    before = str(folder) if folder.is_dir() and not folder.is_symlink() else None
     with atomic_folder(folder) as temporary, (temporary / "files.json").open("w", encoding="utf-8") as listing:
-        relative = functools.cache(os.path.relpath)
+        way = functools.cache(lambda above, place: os.path.relpath(above, os.path.normpath(f"{final}/{place}")))
         made, between = set(), "\n"
         listing.write("{")
         for name, target, record in rows:
@@ -175,11 +176,25 @@ def link_rows(folder: Path, rows: Iterable[tuple[str, Path | str, Mapping]]) -> 
                 (temporary / place).mkdir(parents=True, exist_ok=True)
                 made.add(place)
             above, file = os.path.split(os.path.abspath(target))
-            way = relative(above, os.path.normpath(final / place))
-            os.symlink(os.path.normpath(os.path.join(way, file)), temporary / name)
-            listing.write(between + json.dumps({name: dict(record)}, indent=1)[2:-2])
+            leads_to = os.path.normpath(f"{way(above, place)}/{file}")
+            _link(leads_to, f"{temporary}/{name}", before and f"{before}/{name}")
+            # json itself writes indented text ten times as slowly
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+            listing.write(f"{between} {json.dumps(name)}: " + (f"{{\n{lines}\n }}" if lines else "{}"))
             between = ",\n"
         listing.write("}\n" if between == "\n" else "\n}\n")
+
+
+def _link(leads_to: str, place: str, before: str | None) -> None:
+    """A symbolic link at `place`: that at `before` if it leads there too, since disks are slow to find new inodes."""
+    try:
+        if before and os.readlink(before) == leads_to:
+            os.link(before, place, follow_symlinks=False)
+            return
+    except OSError as error:  # none was there, or this disk has no second names of links
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    os.symlink(leads_to, place)
 
 
 def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
