@@ -16,7 +16,7 @@ from scripts.report.headlines import headlines
 PIPELINES = ("vase", "busi", "rae", "coca", "biomedica")
 
 
-def gather(files: Sequence[Path], place: Path) -> dict[str, dict]:
+def gather(files: Sequence[Path], place: Path = Path()) -> dict[str, dict]:
     """The `summary` sections of metrics files as one, each metric with its `file` relative to the folder `place`.
 
     Raises:
