@@ -356,7 +356,6 @@ rule vase_train_grpo:
         " --images {params.images:q}"
         " --train {input.train:q}"
         " --validation {input.validation:q}"
-        " --check {input.check:q}"
         " {params.system}"
         " --state-folder {params.state:q}/{wildcards.variant}"
         " --tracker-folder {params.tracker:q}/{wildcards.variant}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from vase_fixtures import ROOT, TECHNIQUES, error_of, technique_rows
 
 from scripts.common import tiny_vlm, trivial
+from scripts.vase.settings import RewardSettings
 
 pytestmark = pytest.mark.slow
 TRAIN = {
@@ -35,7 +37,6 @@ def data(tmp_path_factory) -> Path:
     for kind, answered in (("sft", True), ("grpo", False)):
         technique_rows(root, f"{kind}_train", 20, answered)
         technique_rows(root, f"{kind}_validation", 6, answered)
-    (root / "check.json").write_text(json.dumps({"prompts": 3, "sum": {"mean": 0.25}}))
     return root
 
 
@@ -45,7 +46,6 @@ def command(kind: str, data: Path, out: Path, processes: int = 1, **changes) -> 
         "validation": data / f"{kind}_validation.jsonl", "state-folder": out / "state",
         "tracker-folder": out / "curves", "output-folder": out, "meta": out / "meta.json",
     }  # fmt: skip
-    paths |= {"check": data / "check.json"} if kind == "grpo" else {}
     options = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     values = {kind: {**(SFT if kind == "sft" else GRPO), **changes}}
     values |= {"reward": REWARD} if kind == "grpo" else {}
@@ -94,13 +94,13 @@ def test_what_sft_writes(undisturbed):
     losses = {row["step"]: row["eval_loss"] for row in curves["validation"]}
     assert curves["best_step"] == min(losses, key=losses.get)
     assert losses[6] < curves["train"][0]["loss"]
-    assert list(curves["floors"]) == [trivial.BLIND] and 0 < curves["floors"][trivial.BLIND] < losses[2]
+    assert list(curves["floors"]) == [trivial.GUESS] and 0 < curves["floors"][trivial.GUESS] < losses[2]
     assert not (out / "state").exists()
     assert list((out / "curves").glob("events.*"))
 
 
-def test_what_is_learned_of_an_answer_is_counted_as_ms_swift_does(data):
-    """The floor of the loss is per token that has a label; ms-swift's own template says which have one."""
+def test_what_is_learned_of_an_answer_is_what_ms_swift_labels(data):
+    """A guess is scored on the tokens that have a label; ms-swift's own template says which."""
     code = """
 import json, sys
 from swift.model import get_processor
@@ -112,7 +112,7 @@ template.set_mode("train")
 answers = json.loads(sys.argv[2])
 rows = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}] for answer in answers]
 labels = [template.encode({"messages": row})["labels"] for row in rows]
-theirs = [sum(one != -100 for one in row) for row in labels]
+theirs = [[one for one in row if one != -100] for row in labels]
 print(json.dumps([theirs, swift_template.answer_tokens(sys.argv[1], "qwen2_5_vl", answers)]))
 """
     answers = [*TECHNIQUES, "a long answer, of several words and signs!", "x"]
@@ -120,16 +120,20 @@ print(json.dumps([theirs, swift_template.answer_tokens(sys.argv[1], "qwen2_5_vl"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs, ours = json.loads(done.stdout.splitlines()[-1])
-    assert ours == theirs and len(set(ours)) > 1, (ours, theirs)
+    assert ours == theirs and len(set(map(len, ours))) > 1, (ours, theirs)
 
 
-def test_what_grpo_writes(undisturbed):
+def test_what_grpo_writes(undisturbed, data):
     out = undisturbed["grpo"]
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert lines and {"prompt", "completion", "advantages"} <= set(lines[0])
     curves = json.loads((out / "metrics.json").read_text())
     assert len(curves["train"]) == 6 and all("reward" in row for row in curves["train"])
-    assert curves["floors"] == {"before training, 3 prompts": 0.25}
+    rows = [json.loads(line) for line in (data / "grpo_train.jsonl").read_text().splitlines()]
+    right = max(Counter(row["reference"] for row in rows).values()) / len(rows)
+    values = RewardSettings(**REWARD)  # right: 1 and the bonus; wrong: a rival, so the penalty
+    wanted = right * (1 + values.bonus) - (1 - right) * values.penalty + values.format_weight
+    assert curves["floors"] == {"majority answers": pytest.approx(wanted)}
     assert (out / "reward.png").is_file() and (out / "last/adapter_model.safetensors").is_file()
     assert not (out / "state").exists()
 

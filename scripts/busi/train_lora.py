@@ -152,12 +152,12 @@ def write(args, values: TrainLoraSettings, trainer, processor, record) -> None:
     }
     loss, metrics = folder / "loss.png", folder / "metrics.json"
     rows = read_rows(args.train)
-    tokens = [len(vlm.answer_ids(processor.tokenizer, answer)) for answer in rows["answer"]]
-    blind = trivial.blind_loss(rows["prompt"], rows["answer"], tokens)
+    answers = [vlm.answer_ids(processor.tokenizer, answer).tolist() for answer in rows["answer"]]
+    guess = trivial.guess_loss(rows["prompt"], answers)
     title = f"BUSI fine-tune ({args.method}): loss"
-    plots.curves(loss, lines, "optimiser step", "loss per answer token", title, {trivial.BLIND: blind})
+    plots.curves(loss, lines, "optimiser step", "loss per answer token", title, {trivial.GUESS: guess})
     trained, parameters = fine_tuning.trainable(trainer.model)
-    facts = {"trained_parameters": trained, "parameters": parameters, "blind_loss": blind}
+    facts = {"trained_parameters": trained, "parameters": parameters, "guess_loss": guess}
     artefacts.write_json(metrics, {**facts, **curves})
     final = folder / "final_model"
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -1,4 +1,4 @@
-"""What needs no model: features, and the loss of who sees no image. A task is worth what a model adds to them."""
+"""What needs no model: features, and the loss of a guess. A task is worth what a model adds to them."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 from scripts.common.errors import KilnError
 from scripts.common.images import open_rgb
 
-BLIND = "answers known, image unseen"  # label of `blind_loss` in a plot
+GUESS = "a guess: tokens by frequency"  # label of `guess_loss` in a plot
 NAMES = ("red", "green", "blue", "width", "height", "kilobytes")
 
 
@@ -24,20 +24,27 @@ def image_features(sources: Sequence[Path | bytes], max_pixels: int = 2**62) -> 
     return np.array(rows, dtype=np.float64).reshape(-1, len(NAMES))
 
 
-def blind_loss(questions: Sequence[Hashable], answers: Sequence[Hashable], tokens: Sequence[int]) -> float:
-    """Loss per answer token, in nats, of who knows how often each answer follows each question, but sees no image.
+def guess_loss(kinds: Sequence[Hashable], answers: Sequence[Sequence[Hashable]]) -> float:
+    """Loss per token, in nats, of guessing answers token by token by how often each stands at its place.
 
-    -sum_i ln p(a_i | q_i) / sum_i t_i, with the frequencies p of these rows and t_i `tokens` in answer i: the
-    conditional entropy of the answers (Cover and Thomas, Elements of Information Theory, 2.2), spread over their
-    tokens. No predictor that ignores the images has less on these rows.
+    -sum ln p(token | kind of question, place in the answer) / number of tokens, with the frequencies p of these
+    answers: what is known without image, words of the question and tokens before. No other p has less on them (Gibbs'
+    inequality; Cover and Thomas, Elements of Information Theory, 2.6).
+
+    Args:
+        kinds: of the question that each answer belongs to.
+        answers: tokens of each answer, those that end it included.
 
     Raises:
-        KilnError: no tokens, or not one question and one number of tokens for each answer.
+        KilnError: no tokens, or not one kind for each answer.
     """
-    if not len(questions) == len(answers) == len(tokens) or sum(tokens) < 1:
-        what = (
-            f"{len(questions)} questions, {len(answers)} answers, {len(tokens)} numbers of tokens, {sum(tokens)} tokens"
-        )
-        raise KilnError(what, "give one question and its number of tokens for each answer")
-    asked, told = Counter(questions), Counter(zip(questions, answers, strict=True))
-    return -sum(count * math.log(count / asked[question]) for (question, _), count in told.items()) / sum(tokens)
+    total = sum(map(len, answers))
+    if len(kinds) != len(answers) or not total:
+        raise KilnError(f"{len(kinds)} kinds, {len(answers)} answers, {total} tokens", "give a kind for each answer")
+    told: Counter = Counter()
+    for kind, answer in zip(kinds, answers, strict=True):
+        told.update((kind, place, token) for place, token in enumerate(answer))
+    asked: Counter = Counter()
+    for (kind, place, _), count in told.items():
+        asked[kind, place] += count
+    return -sum(count * math.log(count / asked[kind, place]) for (kind, place, _), count in told.items()) / total

@@ -25,12 +25,12 @@ def take_image_tokens_from_tokenizer() -> None:
     Qwen2VLTemplate.init_processor = init_processor
 
 
-def answer_tokens(model: Path, template: str, answers: Sequence[str]) -> list[int]:
-    """How many tokens of each answer are learned: its own and those that end the turn in ms-swift's `template`."""
+def answer_tokens(model: Path, template: str, answers: Sequence[str]) -> list[list[int | str]]:
+    """What is learned of each answer: its tokens, and those that end the turn in ms-swift's `template`."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     parts = TEMPLATE_MAPPING[template].suffix  # texts, and lists of names of single tokens
-    ends = sum(len(one) if isinstance(one, list) else len(_ids(tokenizer, one)) for one in parts)
-    return [len(_ids(tokenizer, answer)) + ends for answer in answers]
+    ends = [token for part in parts for token in (part if isinstance(part, list) else _ids(tokenizer, part))]
+    return [_ids(tokenizer, answer) + ends for answer in answers]
 
 
 def _ids(tokenizer, text: str) -> list[int]:

@@ -16,8 +16,12 @@ from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
 from scripts.common.settings import Settings, of_kind
 from scripts.common.trainer_checkpoints import newest_complete
-from scripts.vase import reward_plugin, swift_flags, swift_training
+from scripts.vase import check_reward, reward_plugin, swift_flags, swift_training
 from scripts.vase.settings import GrpoSettings, RewardSettings, VlmSettings
+from scripts.vase.trivial_answers import majority_answers
+from scripts.vase.vqa_rows import read_rows
+
+ROWS = 1000  # by which the reward of the majority answers is measured
 
 
 class TrainGrpoSettings(Settings):
@@ -31,7 +35,6 @@ class TrainGrpoSettings(Settings):
 def main(argv: Sequence[str] | None = None) -> None:
     made = step.parser(__doc__, TrainGrpoSettings)
     swift_training.add_arguments(made)
-    made.add_argument("--check", type=Path, required=True, help="reward_check.json of rule vase_check_reward")
     made.add_argument("--system", type=Path, help="file with the system prompt (.txt)")
     run(made.parse_args(argv))
 
@@ -41,7 +44,6 @@ def run(args: argparse.Namespace) -> None:
     values = step.read_settings(args)
     swift_training.quiet_other_ranks()
     inputs = {"train": args.train, "validation": args.validation, **model_folders.identity(args.model)}
-    inputs |= {"check": args.check}
     inputs |= {"system": args.system} if args.system else {}
     inputs |= {"reward plugin": Path(values.reward.plugin)} if values.reward.plugin else {}
     record = step.record(args, "scripts.vase.train_grpo", values, inputs)
@@ -63,22 +65,33 @@ def run(args: argparse.Namespace) -> None:
 
         state = swift_training.run("grpo", flags, values.grpo, "vase.grpo", folder, args.tracker_folder, on_cpu)
         if first:
-            write(args, folder, state, record)
+            write(args, values, folder, state, record)
     swift_training.finish(args.state_folder, args.meta)
 
 
-def write(args: argparse.Namespace, folder: Path, state: dict, record) -> None:
+def write(args: argparse.Namespace, values: TrainGrpoSettings, folder: Path, state: dict, record) -> None:
     """Write all outputs; the model's listing last but for the record."""
     out = args.output_folder
-    check = artefacts.read_json(args.check)
-    floors = {f"before training, {check['prompts']} prompts": check["sum"]["mean"]}
-    label = "mean reward of a step's samples"
+    floors, label = {"majority answers": majority_reward(args.train, values)}, "mean reward of a step's samples"
     curves = swift_training.write_curves(out, state, "Vase GRPO: reward", "reward", label, floors)
     completions = out / "completions.jsonl"
     with artefacts.atomic_path(completions) as temporary:
         shutil.copyfile(folder / "completions.jsonl", temporary)
     listing = swift_training.write_model(newest_complete(folder), out / "last", args.model.name)
     record.write(args.meta, [listing, completions, *curves], items=state["global_step"])
+
+
+def majority_reward(train: Path, values: TrainGrpoSettings) -> float:
+    """Mean reward of giving each dimension's most frequent answer of `train`, in the right format, over its rows.
+
+    At most `ROWS` of them: a user's reward may be slow.
+    """
+    rows = read_rows(train)
+    answers = majority_answers(rows, values.reward.synonyms)
+    form = "{}" if values.reward.format == "plain" else "<think></think><answer>{}</answer>"
+    asked = check_reward.chosen(rows, ROWS, values.grpo.seed)
+    texts = [[form.format(answers[row.dimension])] for row in asked]
+    return float(check_reward.score(asked, texts, values.reward)["sum"].mean())
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def write(args: argparse.Namespace, values: TrainSftSettings, folder: Path, stat
     best = whole.get(f"checkpoint-{state['best_global_step']}")
     if best is None:
         raise KilnError(f"{folder}: no checkpoint was validated", "make vase.sft.save_steps a multiple of eval_steps")
-    floors, label = blind(args, values.vlm.template), "loss per answer token"
+    floors, label = guess(args, values.vlm.template), "loss per answer token"
     curves = swift_training.write_curves(args.output_folder, state, "Vase SFT: loss", "loss", label, floors)
     last = whole[f"checkpoint-{state['global_step']}"]
     base = args.model.name
@@ -78,16 +78,15 @@ def write(args: argparse.Namespace, values: TrainSftSettings, folder: Path, stat
     record.write(args.meta, [*listings, *curves], items=state["global_step"])
 
 
-def blind(args: argparse.Namespace, template: str) -> dict[str, float]:
-    """The line that a model which sees no image cannot get below; none where rows have answers in several turns."""
+def guess(args: argparse.Namespace, template: str) -> dict[str, float]:
+    """The loss of a guess by frequency, to be drawn; none where rows have answers in several turns."""
     from scripts.vase import swift_template  # after the environment is set: ms-swift reads it when imported
 
     rows = read_rows(args.train)
     if any(role == "assistant" for row in rows for role, _ in row.turns):
         return {}
-    references = [row.reference for row in rows]
-    tokens = swift_template.answer_tokens(args.model, template, references)
-    return {trivial.BLIND: trivial.blind_loss([row.turns for row in rows], references, tokens)}
+    answers = swift_template.answer_tokens(args.model, template, [row.reference for row in rows])
+    return {trivial.GUESS: trivial.guess_loss([row.dimension for row in rows], answers)}
 
 
 if __name__ == "__main__":
