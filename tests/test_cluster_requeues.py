@@ -1,5 +1,7 @@
 """Jobs that Slurm starts again itself: the training carries on, and its results are the same bytes."""
 
+import time
+
 import cluster
 import pytest
 from cluster_training import (
@@ -42,14 +44,24 @@ def test_a_job_that_ends_after_its_training_and_before_its_time_trains_no_more(p
     assert text_of_training(place).count("resumed from") == 1
 
 
+def preempt(job: cluster.Job) -> None:
+    """Have others want the CPU of `job` until Slurm takes it from it: jobs of other tests come and go on its node."""
+    running = ("squeue", "--noheader", "--nodelist", job.node, "--states", "running", "--format", "%C")
+    until = time.monotonic() + SECONDS
+    while "Restarts=0" in cluster.ask("scontrol", "show", "job", job.id):
+        assert time.monotonic() < until, f"job {job.id} was not preempted"
+        others = sum(map(int, cluster.ask(*running).split())) - 1
+        wanted = cluster.ask("sbatch", "--parsable", "--partition=cpu", f"--nodelist={job.node}", "--mem=10",
+                             f"--cpus-per-task={8 - others}", "--output=/dev/null", "--wrap=sleep 3")  # fmt: skip
+        time.sleep(5)
+        cluster.ask("scancel", wanted.strip())
+
+
 def test_a_preempted_job_is_requeued_and_carries_on(prepared, tmp_path):
     place = copy(prepared, tmp_path)
     slow_first_run(place, 1.2)
     with controlled(place, "--set-resources", "rae_train_autoencoder:slurm_partition=preempt") as snakemake:
         job = saved(place)
-        taken = cluster.ask("squeue", "--noheader", "--nodelist", job.node, "--states", "running", "--format", "%C")
-        others = sum(map(int, taken.split())) - 1
-        cluster.ask("sbatch", "--partition=cpu", f"--nodelist={job.node}", f"--cpus-per-task={8 - others}", "--mem=10",
-                    "--output=/dev/null", "--wrap=sleep 3")  # fmt: skip
+        preempt(job)
         complete(place, snakemake)
     assert check(prepared, place) == [job.id, job.id]
