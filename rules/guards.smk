@@ -31,7 +31,7 @@ from scripts.common import (
     spent,
 )
 from scripts.common.artefacts import write_text
-from scripts.common.env_key import env_key
+from scripts.common.env_key import env_key, require_majors
 from scripts.common.failures import Watch
 
 METADATA = Path(".snakemake/metadata")
@@ -63,6 +63,18 @@ def check_disk():
     disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
 
 
+def check_packages():
+    """Stop, or warn in a dry run, if a job that will run needs packages that only its conda environment has."""
+    try:
+        require_majors(
+            {(job.rule.name, environment_of(job.rule)) for job in workflow.dag.needrun_jobs() if job.rule.conda_env}
+        )
+    except KilnError as error:
+        if not workflow.dryrun:
+            raise
+        logger.warning(str(error))
+
+
 def look_at_plan():
     """Before any job, and in dry runs: keep what `make accept` names, else guard finished trainings."""
     plan = retrain.Plan(workflow, CODES)
@@ -72,6 +84,8 @@ def look_at_plan():
         records.keep(Path(RESULTS), METADATA)
     else:
         retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
+        if not (IN_ENVIRONMENT or workflow.touch):
+            check_packages()
         if CONFIG.check_disk and not workflow.touch:  # which writes nothing
             check_disk()
         if not workflow.dryrun:
@@ -146,15 +160,19 @@ def forget_places_of_environments():
     workflow.dag_settings.rerun_triggers = frozenset(workflow.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
 
 
+def environment_of(rule):
+    """The environment file of a rule that has one."""
+    return Path(os.path.normpath(os.path.join(str(rule.basedir), str(rule.conda_env))))
+
+
 def key_environments():
     """Have every rule rerun when a package of its environment changes, with conda or without.
 
     Snakemake's own trigger compares environments with their place on this machine, and only where conda is in use.
     """
     for one in workflow.rules:
-        file = os.path.normpath(os.path.join(str(one.basedir), str(one.conda_env))) if one.conda_env else ""
-        if os.path.dirname(file) == os.path.join(ROOT, "envs"):
-            one.set_params(environment=env_key(Path(file)))
+        if one.conda_env and environment_of(one).parent == Path(ROOT, "envs"):
+            one.set_params(environment=env_key(environment_of(one)))
 
 
 def show_job_lines():

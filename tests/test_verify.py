@@ -56,6 +56,18 @@ def test_what_is_as_recorded_passes(results, described, capsys):
     assert "all as recorded" in capsys.readouterr().out
 
 
+def test_results_within_are_of_another_run(results):
+    """The demo's, for one, lie in the default folder: neither its files nor its damage are this folder's."""
+    inner = results / "demo"
+    (inner / "logs").mkdir(parents=True)
+    (inner / "no record names it.txt").write_text("x")
+    assert verify(results) == [("no record", "demo/no record names it.txt")]
+    (inner / "writer.lock").write_text("")
+    assert verify(results) == []
+    describe(results)
+    assert "no record names it" not in (results / "ro-crate-metadata.json").read_text()
+
+
 @pytest.mark.parametrize(
     "file",
     [

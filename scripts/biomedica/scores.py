@@ -199,6 +199,13 @@ def summary(
         interval = [baseline + bound for bound in compared["ci95"]]
         extra = {key: compared[key] for key in ("difference", "seeds", "steps")}
         made["hybrid_over_local"] = statistics.metric(
-            value, compared["n"], interval, baseline, "local_only", trivial=trivial, **extra
+            value,
+            compared["n"],
+            interval,
+            baseline,
+            "local_only",
+            trivial=trivial,
+            interval_of="baseline + paired difference",
+            **extra,
         )
     return made, left_out

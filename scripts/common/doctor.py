@@ -54,8 +54,8 @@ def require_conda() -> None:
     if shutil.which("conda") is None:
         raise KilnError(
             "environments of rules are made by conda, and there is no command `conda`",
-            "put conda's folder on PATH (`module load` it, or install Miniforge); or have all rules use this "
-            "environment: delete `software-deployment-method` from slurm/config.yaml, leave out --sdm",
+            "put conda's folder on PATH (`module load` it, or install Miniforge); or have all rules but Hulu-Med's "
+            "use this environment: delete `software-deployment-method` from slurm/config.yaml, leave out --sdm",
         )
 
 

@@ -22,7 +22,8 @@ META = "meta.json"
 CRATE = "ro-crate-metadata.json"
 NOT_RESULTS = ("logs", "benchmarks", "state", "code", "records")  # below the results, but no results
 REPORT = "report.html"
-NOT_RECORDED = (REPORT, "README.md", "config.yaml", "writer.lock")  # not made by steps, so without a record
+WRITER = "writer.lock"  # only a results folder has one
+NOT_RECORDED = (REPORT, "README.md", "config.yaml", WRITER)  # not made by steps, so without a record
 
 Facts = Mapping[str, Any]  # {bytes, sha256} of a file
 
@@ -64,7 +65,7 @@ class Records(NamedTuple):
         names: with which recorded paths below it start: that one, and one that it had before.
         artefacts: in order of `meta`.
         listings: {files.json: {file below its folder, relative to the results: its entry}}.
-        files: every file and link but for logs, benchmarks, states and what no step makes.
+        files: every file and link but for logs, benchmarks, states, what no step makes, and results folders inside.
         recorded: {file: its facts} by metas and listings; a link's are those of what it leads to.
     """
 
@@ -111,7 +112,14 @@ def _files(folder: Path) -> Iterator[str]:
     for place, inner, names in os.walk(folder):
         within = os.path.relpath(place, folder)
         top = within == "."
-        inner[:] = [name for name in inner if not (top and name in NOT_RESULTS) and not prune.LEFTOVER.fullmatch(name)]
+        inner[:] = [
+            name
+            for name in inner
+            if not (top and name in NOT_RESULTS)
+            and not prune.LEFTOVER.fullmatch(name)
+            # another run's results, such as results/demo in results
+            and not os.path.exists(os.path.join(place, name, WRITER))
+        ]
         links = [name for name in inner if os.path.islink(os.path.join(place, name))]
         for name in [*names, *links]:
             if not (top and name in NOT_RECORDED) and not prune.LEFTOVER.fullmatch(name):

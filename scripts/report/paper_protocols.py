@@ -19,7 +19,6 @@ ASPECTS = ("samples", "split", "reference", "features", "weights", "settings", "
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 IMAGENET = {"classes": 1000, "train": 1_281_167, "validation": 50_000}  # arXiv:1409.0575
-SHOWN = 3  # settings that are named
 FREE = {  # settings that may differ
     # for chance and rounding alone
     "autoencoder.accumulation", "autoencoder.compile", "autoencoder.deterministic", "autoencoder.seed",
@@ -140,9 +139,8 @@ def _changed(recorded: Mapping, published: Mapping) -> list[Difference]:
     wrong = [name for name in theirs if name not in FREE and ours.get(name) != theirs[name]]
     if not wrong:
         return []
-    named = [f"{name} = {json.dumps(ours.get(name))} (published {json.dumps(theirs[name])})" for name in wrong[:SHOWN]]
-    more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-    return [Difference("settings", ", ".join([*named, *more]))]
+    named = [f"{name} = {json.dumps(ours.get(name))} (published {json.dumps(theirs[name])})" for name in wrong]
+    return [Difference("settings", ", ".join(named))]
 
 
 def _flat(values: Mapping, place: str = "") -> dict[str, Any]:

@@ -192,7 +192,7 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
     else:
         made["image_grounding"] = statistics.metric(
             one["value"], one["n"], one["ci95"], shuffled["accuracy"]["value"], "shuffled_images",
-            trivial=mean(guessed, rows, GROUNDED),
+            trivial=mean(guessed, rows, GROUNDED), about=GROUNDED,
         )  # fmt: skip
     gain = found["differences"].get(f"{GRPO} - {SFT}", {}).get("content")
     if gain is None or gain["ci95"] is None:
