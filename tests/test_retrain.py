@@ -133,7 +133,7 @@ def test_a_dear_training_stops_the_run_until_it_is_allowed(copied):
     text = done.stdout + done.stderr
     assert done.returncode and not workflow.finished(text), text
     assert "more than 0 GPU hours" in text and "setting lr: " in text and "Hint: " in text
-    assert "allow_retrain=vase_train_classifier" in text and "make accept RULE=vase_train_classifier" in text
+    assert "allow_retrain=vase_train_classifier" in text and "make accept RULE=vase_train_classifier ARGS=" in text
     assert "Traceback (most" not in text and 'File "' not in text
     assert bytes_of(copied[1] / "results") == before
     assert "confirm_gpu_hours" in dry_run(copied, *dear)[0]

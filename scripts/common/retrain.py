@@ -7,6 +7,7 @@ that would run again; a real one stops before any job if one of them is dear.
 import atexit
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,6 +245,8 @@ def guard(
         return
     rules = ",".join(dict.fromkeys(next(n for n in trainings if is_named(one.rule, n)) for one in dear or redone))
     keep = f"keep a result as it is: make accept RULE={rules.split(',')[0]}"
+    if any(word.startswith("--config") for word in sys.argv):
+        keep += ' ARGS="...", with this command\'s --configfile and --config'
     redo = f"train again: the same command with allow_retrain={rules} in its --config, of which only the last counts"
     stops = f"a run stops before it redoes more than {above:g} GPU hours (confirm_gpu_hours); {redo}" if dear else ""
     if plan.workflow.dryrun:

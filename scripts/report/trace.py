@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = made.parse_args(argv)
     records = run_records.read(args.results)
     file = file_of(args.results, records, args.what)
-    print("\n".join([f"{args.what}: {file}", *lines(records, file, args.code)]))
+    heading = "Steps behind this file, the last first; other numbers may lie in it, too."
+    print("\n".join([f"{args.what}: {file}", heading, *lines(records, file, args.code)]))
 
 
 if __name__ == "__main__":
