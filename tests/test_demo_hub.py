@@ -219,16 +219,19 @@ def test_curl_under_webdataset_and_datasets_stream_from_it(serve, folder):
         for number in range(5):
             writer.write({"__key__": f"x{number}", "txt": b"%d" % number})
     hub = serve()
-    # of its own, as `datasets` may hang in a process that read from a hub before
-    program = f"""
-import datasets, webdataset
-url = "{hub.url}/datasets/{REPO}/resolve/main/b.tar"
-print([one["txt"] for one in webdataset.WebDataset("pipe:curl -sfL " + url, shardshuffle=False)])
-rows = datasets.load_dataset("{REPO}", data_files="b.tar", split="train", streaming=True)
-print([one["txt"] for one in rows])
-"""
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                                 "HF_HOME": str(folder.parent / "home")}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [str([b"%d" % n for n in range(5)]), str([str(n) for n in range(5)])]
+
+    def printed(program: str) -> str:
+        """By a process of its own, as `datasets` may hang in one that read from a hub before; it then says where."""
+        watched = f"import faulthandler; faulthandler.dump_traceback_later(100, exit=True)\n{program}"
+        command = [sys.executable, "-c", watched]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return done.stdout.strip()
+
+    url = f"{hub.url}/datasets/{REPO}/resolve/main/b.tar"
+    piped = f'webdataset.WebDataset("pipe:curl -sfL {url}", shardshuffle=False)'
+    assert printed(f'import webdataset\nprint([one["txt"] for one in {piped}])') == str([b"%d" % n for n in range(5)])
+    rows = f'datasets.load_dataset("{REPO}", data_files="b.tar", split="train", streaming=True)'
+    assert printed(f'import datasets\nprint([one["txt"] for one in {rows}])') == str([str(n) for n in range(5)])
