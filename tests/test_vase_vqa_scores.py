@@ -255,9 +255,9 @@ def test_nothing_to_learn_from_is_no_error(tmp_path):
 
 def test_headlines_have_the_houses_form(scored):
     made = scored[1]["summary"]
-    assert list(made) == ["sft_accuracy", "image_grounding", "grpo_reward"]
+    assert list(made) == ["sft_accuracy", "image_grounding", "grpo_reward", "grpo_accuracy"]
     kinds = [one["baseline_kind"] for one in made.values()]
-    assert kinds == ["majority", "shuffled_images", "before_grpo"]
+    assert kinds == ["majority", "shuffled_images", "before_grpo", "before_grpo"]
     for one in made.values():
         assert {"value", "baseline", "n", "ci95", "higher_is_better", "trivial"} <= one.keys()
         assert one["higher_is_better"] is True
@@ -302,6 +302,26 @@ def test_the_gain_of_grpo_is_paired_by_row_and_clustered_by_vase(scored):
     assert "content" not in metrics["differences"]["sft - base"]
 
 
+def test_beside_the_reward_of_grpo_stands_its_greedy_accuracy_before_and_after(scored):
+    metrics = scored[1]
+    one, gain = metrics["summary"]["grpo_accuracy"], metrics["differences"]["grpo - sft"]["accuracy"]
+    assert (one["value"], one["baseline"], one["n"]) == (pytest.approx(17 / 18), pytest.approx(15 / 18), 18)
+    assert one["ci95"] == pytest.approx([one["baseline"] + bound for bound in gain["ci95"]])
+    assert one["trivial"] == metrics["summary"]["sft_accuracy"]["trivial"]
+
+
+def test_the_accuracy_of_each_dimension_stands_beside_its_own_majority(scored):
+    metrics = scored[1]
+    parts = metrics["summary"]["sft_accuracy"]["parts"]
+    assert list(parts) == ["technique", "shape", "dating"]
+    for name, part in parts.items():
+        own = metrics["models"]["sft"]["greedy"][name]["accuracy"]
+        assert (part["value"], part["n"], part["ci95"]) == (own["value"], own["n"], own["ci95"])
+        assert part["baseline"] == metrics["majority"]["greedy"][name]["accuracy"]["value"]
+        assert part["trivial"] == metrics["trivial"]["greedy"][name]["accuracy"]["value"]
+        assert (part["baseline_kind"], part["higher_is_better"]) == ("majority", True)
+
+
 def test_samples_are_scored_part_by_part(scored):
     found = scored[1]["models"]["grpo"]["sampled"]
     assert (found["prompts"], found["completions"]) == (24, 48)
@@ -331,7 +351,7 @@ def test_a_users_plugin_is_what_is_scored(tmp_path):
 def test_without_grpo_its_headline_is_left_out(tmp_path):
     metrics = Case(tmp_path, grpo=False).run()
     assert list(metrics["summary"]) == ["sft_accuracy", "image_grounding"]
-    assert "grpo" in metrics["left_out"]["grpo_reward"]
+    assert all("grpo" in metrics["left_out"][name] for name in ("grpo_reward", "grpo_accuracy"))
     assert list(metrics["models"]) == ["base", "sft"]
     assert (tmp_path / "out/scores.png").is_file()
 

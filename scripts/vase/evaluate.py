@@ -182,8 +182,15 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
     if one is None or one["ci95"] is None:
         left_out["sft_accuracy"] = "no questions of a single dimension about two vases or more"
     else:
+        kinds = [name for name in DIMENSIONS if name in found["models"][SFT]["greedy"]]
+        parts = {}
+        for name in kinds:
+            part, asked = found["models"][SFT]["greedy"][name]["accuracy"], accuracy_of(sft, name)
+            floor = {"baseline": mean(majority, asked, name), "baseline_kind": "majority", "higher_is_better": True}
+            parts[name] = {**part, **floor, "trivial": mean(guessed, asked, name)}
         made["sft_accuracy"] = statistics.metric(
-            one["value"], one["n"], one["ci95"], mean(majority, rows), "majority", trivial=mean(guessed, rows)
+            one["value"], one["n"], one["ci95"], mean(majority, rows), "majority", trivial=mean(guessed, rows),
+            parted_by="dimension", parts=parts,
         )  # fmt: skip
     one, rows = found["models"][SFT]["greedy"].get(GROUNDED, {}).get("accuracy"), accuracy_of(sft, GROUNDED)
     shuffled = found["models"][SFT].get("shuffled", {}).get(GROUNDED)
@@ -207,6 +214,16 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
                 name: found["models"][name]["greedy"].get(SINGLE, {}).get("accuracy", {}).get("value")
                 for name in (SFT, GRPO)
             },
+        )  # fmt: skip
+    gain = found["differences"].get(f"{GRPO} - {SFT}", {}).get("accuracy")
+    if gain is None or gain["ci95"] is None:
+        left_out["grpo_accuracy"] = "no greedy answers of sft and grpo about two vases or more"
+    else:  # a reward may rise while answers get no better
+        before, after = (found["models"][name]["greedy"][SINGLE]["accuracy"] for name in (SFT, GRPO))
+        made["grpo_accuracy"] = statistics.metric(
+            after["value"], after["n"], [before["value"] + bound for bound in gain["ci95"]], before["value"],
+            "before_grpo", trivial=mean(guessed, accuracy_of(sft)), interval_of="baseline + paired difference",
+            about="greedy answers",
         )  # fmt: skip
     return made, left_out
 
