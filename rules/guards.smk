@@ -7,7 +7,7 @@ OUTPUTS:
     {results}/config.yaml     the resolved configuration of the last run
     {results}/code/           which modules the code keys of a run stand for
     {results}/records/        what Snakemake knows of the results, for copies and other users
-    {results}/README.md       the tree, and its sizes
+    {results}/README.md       which run made this, the tree, and its sizes
 
 STEPS: take over a copied folder, look at the plan (in dry runs too), own the results, run, record, describe.
 """
@@ -33,6 +33,7 @@ from scripts.common import (
 from scripts.common.artefacts import write_text
 from scripts.common.env_key import env_key, require_majors
 from scripts.common.failures import Watch
+from scripts.report import introduction
 
 METADATA = Path(".snakemake/metadata")
 TRAININGS = (
@@ -149,8 +150,11 @@ def describe_results():
     below = [path.removeprefix(f"{RESULTS}/") for path in made if path.startswith(f"{RESULTS}/")]
     try:
         prune.remember_variants(Path(RESULTS), below)
-        text = Path(ROOT, "docs/results.md").read_text(encoding="utf-8")
-        sizes.write_readme(Path(RESULTS), text, kiln_config.current_runs([CONFIG]))
+        tree = Path(ROOT, "docs/results.md").read_text(encoding="utf-8")
+        tree = introduction.rows_of(tree, Path(RESULTS), RUNS_OF).replace("# The", "## The", 1)
+        values = yaml.safe_load(kiln_config.to_yaml(CONFIG))
+        text = introduction.introduction(values, workflow.configfiles, sys.argv)
+        sizes.write_readme(Path(RESULTS), f"{text}\n{tree}", kiln_config.current_runs([CONFIG]))
     except (KilnError, OSError) as error:  # of a disk that is full, say: the run itself ended well
         logger.warning(f"{RESULTS}/README.md is not up to date: {error}")
 

@@ -81,7 +81,7 @@ def test_jobs_that_do_not_run_need_nothing(checkout, tmp_path):
     target = "results/rae/build_arrow/summary.json"
     workflow.run(checkout, run, target)
     text = (run / "results/README.md").read_text()
-    assert "`rae/build_arrow/`" in text and text.startswith("# The results tree")
+    assert "`rae/build_arrow/`" in text and text.startswith("# results\n") and "\n## The results tree\n" in text
     named = json.loads((run / "results/state/variants.json").read_text())
     places = ("busi/train_lora", "state/busi/train_lora", "logs/busi/train_lora", "benchmarks/busi/evaluate")
     assert set(places) < set(named) and "busi/split" not in named
