@@ -527,12 +527,7 @@ rule vase_accept_images:
         accepted=f"{VASE}/accept_images/{{variant}}/accepted/files.json",
         rejected=f"{VASE}/accept_images/{{variant}}/rejected/files.json",
         summary=f"{VASE}/accept_images/{{variant}}/summary.json",
-        funnel=report(
-            f"{VASE}/accept_images/{{variant}}/funnel.png",
-            caption="captions/vase_funnel.rst",
-            category="vase",
-            labels={"step": "accept_images", "variant": "{variant}", "picture": "funnel"},
-        ),
+        funnel=f"{VASE}/accept_images/{{variant}}/funnel.png",
         samples=report(
             f"{VASE}/accept_images/{{variant}}/samples.png",
             caption="captions/vase_samples.rst",

@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from scripts.report import write_index
+
 METRIC = {
     "value": 0.6, "baseline": 0.1, "baseline_kind": "chance", "ci95": [0.5, 0.7], "higher_is_better": True,
     "trivial": 0.2, "n": 1234, "file": "coca/train/main/metrics.json",
@@ -38,7 +40,7 @@ def picture(path: Path, size: tuple[int, int] = (800, 500)) -> Path:
 
 def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
     """A results folder of `coca` with two variants, three pictures and one caption."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text("results: results\ncoca: {slides: /data/slides}\n")
     (folder / "summary.json").write_text(json.dumps({"coca": {"retrieval_r5": METRIC}}))
     rows = [
@@ -67,8 +69,17 @@ def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
     return folder
 
 
-def index_arguments(folder: Path, caption: Path) -> list[str]:
-    """The command line of the front page of such a folder."""
+def of_runs(folder: Path, caption: Path, count: int) -> dict:
+    """Curves of many runs of a training of such a folder, as they are marked for reports."""
+    for number in range(count):
+        picture(folder / f"coca/train/run-{number}/curve.png")
+    labels = {"step": "train {run}", "picture": "curve"}
+    pattern = f"{folder}/coca/train/run-{{run,[0-9]+}}/curve.png"
+    return {"pattern": pattern, "caption": str(caption), "category": "coca", "labels": labels}
+
+
+def index_arguments(folder: Path, caption: Path, *more: dict) -> list[str]:
+    """The command line of the front page of such a folder, with `more` marked pictures."""
     tables = {name: f"{folder}/{name}.csv" for name in ("variants", "funnels", "rules")}
     marked = {
         "pattern": f"{folder}/coca/train/main/{{name,loss|sheet|pairs}}.png",
@@ -79,6 +90,18 @@ def index_arguments(folder: Path, caption: Path) -> list[str]:
     given = [f"--{name}={path}" for name, path in tables.items()]
     return [
         f"--results={folder}", f"--summary={folder}/summary.json", *given, f"--captions={folder}/captions.parquet",
-        f"--pictures={json.dumps([marked])}", "--links", f"settings={folder}/config.yaml",
+        f"--pictures={json.dumps([marked, *more])}", "--links", f"settings={folder}/config.yaml",
         f"--output={folder}/index.html", f"--meta={folder}/index.meta.json", "--code-key", "k",
     ]  # fmt: skip
+
+
+def rendered(place: Path, summary: dict | None, *more: dict, runs: int = 0) -> str:
+    """The front page of such a folder below `place`, with another `summary`, `more` pictures and curves of `runs`."""
+    folder = results(place / "results")
+    (place / "caption.rst").write_text("What it shows.")
+    (place / "runs.rst").write_text("What runs show.")
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    curves = [of_runs(folder, place / "runs.rst", runs)] if runs else []
+    write_index.main(index_arguments(folder, place / "caption.rst", *more, *curves))
+    return (folder / "index.html").read_text()

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"laptop": (1280, 800), "phone": (375, 812)}
 BROKEN = "[...document.images].filter(one => !one.complete || !one.naturalWidth).map(one => one.alt || one.src)"
+UNFOLD = "document.querySelectorAll('details').forEach(one => one.open = true)"
 SMALL = "pipelines=[coca] coca.train.epochs=2"
 
 
@@ -49,9 +50,20 @@ def small(tmp_path_factory) -> Path:
     return folder / "index.html"
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """The front page of a results folder with curves of six runs and a number in parts, one too long for a phone."""
+    place = tmp_path_factory.mktemp("many")
+    parts = {name: fixtures.METRIC | {"baseline": 0.6} for name in ("fabric", "a_dimension_of_a_very_long_name")}
+    whole = fixtures.METRIC | {"parted_by": "dimension", "parts": parts}
+    fixtures.rendered(place, {"coca": {"retrieval_r5": whole}}, runs=6)
+    return place / "results/index.html"
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_front_page_shows_all_and_scrolls_only_downwards(browser, small, size):
     page, wrong = opened(browser, small, size)
+    page.evaluate(UNFOLD)
     assert wrong == [] and page.evaluate(BROKEN) == []
     assert page.evaluate("document.images.length") == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
@@ -60,6 +72,52 @@ def test_the_front_page_shows_all_and_scrolls_only_downwards(browser, small, siz
     text = page.get_by_text("retrieval r5").first
     assert text.is_visible() and float(text.evaluate("one => parseFloat(getComputedStyle(one).fontSize)")) >= 14
     assert page.evaluate("document.fonts.check('16px \"Noto Sans CJK SC\"', '浸')")
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_pictures_of_a_kind_are_folded_until_asked_for_and_fit_the_screen(browser, many, size):
+    page, wrong = opened(browser, many, size)
+    visible = "[...document.images].filter(one => one.checkVisibility()).length"
+    assert page.evaluate(visible) == 4 and page.get_by_text("5 more of this kind").count() == 2
+    page.locator("details summary", has_text="5 more of this kind").click()
+    assert page.evaluate(visible) == 9 and page.evaluate(BROKEN) == []
+    page.evaluate(UNFOLD)
+    edges = "[...document.querySelectorAll('img, .cards td')].map(one => one.getBoundingClientRect().right)"
+    assert max(page.evaluate(edges)) <= size[0] and page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_a_picture_opens_at_its_full_size_and_closes_where_the_page_was(browser, small, size):
+    page, _ = opened(browser, small, size)
+    box = "one => { const {width, height} = one.getBoundingClientRect(); return [width, height] }"
+    image = page.get_by_alt_text("train, sheet")
+    image.scroll_into_view_if_needed()
+    before, top = image.evaluate(box), page.evaluate("scrollY")
+    assert before[0] < 1500
+    image.click()
+    assert image.evaluate(box) == [1500, 400]
+    page.get_by_role("checkbox", name="full size: train · sheet").press("Space")  # by keyboard too
+    assert image.evaluate(box) == before and page.evaluate("scrollY") == top
+
+
+def test_on_a_phone_a_table_that_is_too_wide_says_so_and_keeps_its_first_column(browser, small):
+    page, _ = opened(browser, small, SIZES["phone"])
+    frame, hint = page.locator("#cost .scroll"), page.get_by_text("scroll the table sideways")
+    assert frame.evaluate("one => one.scrollWidth > one.clientWidth") and hint.is_visible()
+    frame.evaluate("one => one.scrollLeft = one.scrollWidth")
+    assert frame.locator("tbody td").first.bounding_box()["x"] >= 0
+    assert frame.locator("tbody td").last.bounding_box()["x"] < SIZES["phone"][0]
+    assert not opened(browser, small, SIZES["laptop"])[0].get_by_text("scroll the table sideways").is_visible()
+
+
+def test_the_first_foreign_text_is_shown_by_the_embedded_font(browser, small):
+    """Elsewhere in the list of fonts, it is shown as boxes until something else makes the browser draw it anew."""
+    page, _ = opened(browser, small, SIZES["laptop"])
+    cell = page.get_by_text("浸润性导管癌")
+    width = "one => { const all = new Range(); all.selectNodeContents(one); return all.getBoundingClientRect().width }"
+    size = float(cell.evaluate("one => parseFloat(getComputedStyle(one).fontSize)"))
+    assert cell.evaluate(width) == pytest.approx(6 * size, rel=0.02)
 
 
 def test_dark_pages_stay_readable(browser, small):
@@ -89,6 +147,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_pages_of_a_real_run_show_all(browser, made, name, size):
     page, wrong = opened(browser, made / name, size)
+    page.evaluate(UNFOLD)
     assert wrong == [] and page.evaluate(BROKEN) == []
     if name != "report.html":  # Snakemake's own, whose layout is not ours
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.common.errors import KilnError
-from scripts.report import draw_funnels, headlines, measure_jobs, write_index
+from scripts.report import draw_funnels, headlines, introduction, measure_jobs, overview, write_index
 from scripts.report.fonts import embedded_face
 from scripts.report.funnels import FORMS, read_stage
 from scripts.report.jobs import by_rule, read_jobs
-from scripts.report.pictures import find_pictures
+from scripts.report.pictures import ALIKE, Picture, by_kind, find_pictures
 
 COUNTS = st.integers(0, 10**7)
 
@@ -178,6 +178,107 @@ def test_beating_the_baseline_takes_the_interval_and_its_side():
     assert headlines.beats(fixtures.METRIC | {"baseline": None}) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "better"),
+        ({"ci95": [0.05, 0.7]}, "not clearly better"),
+        ({"higher_is_better": False}, "not clearly better"),
+        ({"baseline": None, "baseline_kind": None}, "no baseline"),
+        ({"ci95": None, "reason": "one vase: no interval"}, "no interval"),
+    ],
+)
+def test_each_number_says_in_words_whether_it_beats_its_baseline(tmp_path, changes, words):
+    assert headlines.verdict(fixtures.METRIC | changes) == words
+    text = fixtures.rendered(tmp_path, {"coca": {"retrieval_r5": fixtures.METRIC | changes}})
+    said = f"{words} than its baseline" if words == "not clearly better" else words
+    assert Page(text).texts.count(said) == 2 + (words == "better")  # overview, and the pipeline's table; the legend
+    assert text.count("not clearly better than its baseline") == 2 * (words == "not clearly better")
+
+
+def test_the_overview_has_a_row_for_each_pipeline_of_the_run_and_leads_to_its_sections(tmp_path):
+    first = {"first": fixtures.METRIC | {"value": 0.125}}
+    text = fixtures.rendered(tmp_path, {"coca": {"other": fixtures.METRIC | {"value": 0.25}, "retrieval_r5":
+                                                 fixtures.METRIC}, "rae": first, "busi": {}})  # fmt: skip
+    table = text[text.index('<section id="overview">') :].partition("</section>")[0]
+    shown = Page(table)
+    assert table.count("<tr><td>") == 3 and "vase" not in shown.texts and "biomedica" not in shown.texts
+    assert {"retrieval r5", "0.600", "0.500 to 0.700", "0.100", "chance", "1,234", "first", "0.125"} <= set(shown.texts)
+    assert "0.250" not in shown.texts and any(one.startswith("no headline number") for one in shown.texts)
+    anchors = {one["id"] for _, one in Page(text).tags if "id" in one}
+    targets = {one["href"].removeprefix("#") for tag, one in shown.tags if tag == "a"}
+    assert {"coca", "coca-items", "coca-pictures", "busi"} <= targets <= anchors
+
+
+def test_a_pipeline_without_its_headline_is_shown_by_its_first_number():
+    assert overview.main_metric("coca", {"other": 1, "retrieval_r5": 2}) == "retrieval_r5"
+    assert overview.main_metric("coca", {"other": 1}) == overview.main_metric("words", {"other": 1}) == "other"
+    assert overview.main_metric("coca", {}) is None
+
+
+def test_parts_of_a_number_that_do_not_beat_their_baseline_are_named(tmp_path):
+    parts = {"fabric": fixtures.METRIC | {"baseline": 0.6}, "shape": fixtures.METRIC}
+    for one in parts.values():
+        del one["file"]
+    whole = fixtures.METRIC | {"parted_by": "dimension", "parts": parts}
+    text = fixtures.rendered(tmp_path, {"coca": {"retrieval_r5": whole}})
+    said = re.search(r"<summary>(by dimension.*?)</summary>", text)[1]
+    assert re.sub("<[^>]*>", "", said) == "by dimension: not clearly better than its baseline in fabric"
+    assert {"fabric", "shape"} <= set(Page(text).texts)
+
+
+@given(st.lists(st.sampled_from("abc")))
+def test_pictures_of_a_kind_stand_together_and_none_is_lost(kinds):
+    pictures = [Picture(None, "coca", {"n": str(number)}, "", kind) for number, kind in enumerate(kinds)]
+    found = by_kind(pictures)
+    assert [one.shown[0].kind for one in found] == list(dict.fromkeys(kinds))
+    for one in found:
+        assert one.shown + one.others == [picture for picture in pictures if picture.kind == one.shown[0].kind]
+        assert len(one.shown) == (1 if one.others else len(one.shown)) and len(one.shown) <= ALIKE
+        assert not 0 < len(one.others) < ALIKE
+
+
+def test_of_many_like_pictures_one_is_open_and_leads_to_the_others(tmp_path):
+    text = fixtures.rendered(tmp_path, None, runs=6)
+    body, folded, rest = re.split(r"<details>(?=<summary id=)|</details>", text)
+    assert text.count("<img") == 9 and folded.count("<img") == 5 and "<img" not in rest
+    place = re.search(r'<a href="#([^"]+)">5 more of this kind</a>', body)[1]
+    assert f'<summary id="{place}">train 0 · curve: 5 more of this kind</summary>' in folded
+
+
+def test_a_funnel_is_drawn_once_beside_its_table(tmp_path):
+    funnel = fixtures.picture(tmp_path / "results/coca.png")
+    marked = {"pattern": str(funnel), "caption": f"{tmp_path}/funnel.rst", "category": "coca", "labels": {"a": "items"}}
+    (tmp_path / "funnel.rst").write_text("In and out.")
+    text = fixtures.rendered(tmp_path, None, marked)
+    items, pictures = text.partition('id="coca-items"')[2].split('id="coca-pictures"')
+    assert "In and out." in items and items.count("<img") == 1 and pictures.count("<img") == 3
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_results_folder_says_which_run_made_it_and_how_to_check_it(tmp_path, monkeypatch, drawn):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    config = {"results": "results", "pipelines": ["coca", "rae"], "rae": {"images": "results/demo/x" if drawn else "x"}}
+    argv = ["/bin/snakemake", "--cores", "all", "--config", "set=a.b=1 c.d=2"]
+    text = introduction.introduction(config, [tmp_path / "config/demo.yaml"], argv)
+    assert text.startswith("# results\n") and "- pipelines: coca, rae\n" in text and "`config/demo.yaml`" in text
+    assert "\nsnakemake --cores all --config 'set=a.b=1 c.d=2'\n" in text
+    assert f"\npython -m scripts.report.verify_results {tmp_path}/results\n" in text
+    assert ("compare with no published one" in text) == drawn
+    assert "not made yet" in text and len(text.splitlines()) <= 22
+    (tmp_path / "results/index.html").write_text("")
+    assert "[index.html](index.html)" in introduction.introduction(config, [], argv)
+    assert "set=" not in introduction.introduction(config, [], ["/bin/other", *argv[1:]])
+
+
+def test_the_tree_leaves_out_pipelines_of_which_nothing_is_there(tmp_path):
+    (tmp_path / "rae").mkdir()
+    tree = "| place | what |\n|---|---|\n| `summary.json` | a |\n| `vase/x/`, `rae/y/` | b |\n| `rae/x/` | c |\n"
+    assert introduction.rows_of(tree, tmp_path, ["vase", "rae"]) == tree.replace("| `vase/x/`, `rae/y/` | b |\n", "")
+    assert introduction.rows_of(tree, tmp_path, ["rae"]) == tree
+
+
 @pytest.fixture
 def page(tmp_path):
     """The front page of the small results folder, and its caption file."""
@@ -190,7 +291,7 @@ def page(tmp_path):
 
 def test_the_front_page_holds_numbers_pictures_costs_and_links(page):
     found = Page(page.read_text())
-    for text in ("retrieval r5", "0.600", "0.500 to 0.700", "chance", "cleared", "1,234", "fast", "2.0 h", "1,234 MB",
+    for text in ("retrieval r5", "0.600", "0.500 to 0.700", "chance", "better", "1,234", "fast", "2.0 h", "1,234 MB",
                  "What loss shows.", "H200", "a" * 40, "torch 2.14.1", "浸润性导管癌", "<b>bold</b>"):  # fmt: skip
         assert text in found.texts, text
     assert "3 truncated <file>" in found.texts

@@ -23,6 +23,14 @@ def beats(one: Mapping[str, Any]) -> bool | None:
     return low > one["baseline"] if one["higher_is_better"] else high < one["baseline"]
 
 
+def verdict(one: Mapping[str, Any]) -> str:
+    """`beats` in words: "better" than its baseline, "not clearly better", "no baseline" or "no interval"."""
+    clear = beats(one)
+    if clear is None:
+        return "no baseline" if one.get("baseline") is None else "no interval"
+    return "better" if clear else "not clearly better"
+
+
 def headlines(summary: dict) -> list[str]:
     """All lines of a summary."""
     return [headline(pipeline, name, one) for pipeline, metrics in summary.items() for name, one in metrics.items()]

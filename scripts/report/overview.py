@@ -4,13 +4,14 @@ python -m scripts.report.overview results/demo
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from scripts.common import artefacts, step
-from scripts.report.headlines import beats, headline
+from scripts.report.headlines import headline, verdict
 from scripts.report.jobs import read_jobs
 
 HEADLINES = {  # the number of each pipeline that its paper is about
@@ -33,6 +34,12 @@ def busy_seconds(jobs: pd.DataFrame) -> float:
     return total
 
 
+def main_metric(pipeline: str, metrics: Mapping[str, Any]) -> str | None:
+    """Name of the metric that stands for a pipeline: of `HEADLINES`, else its first one; None of no metrics."""
+    name = HEADLINES.get(pipeline)
+    return name if name in metrics else next(iter(metrics), None)
+
+
 def headlines(summary: dict) -> list[str]:
     """A line for the headline metric of each pipeline, and whether its interval is clear of the baseline."""
     lines = []
@@ -46,8 +53,7 @@ def headlines(summary: dict) -> list[str]:
 
 
 def _verdict(one: dict) -> str:
-    clear = beats(one)
-    return "" if clear is None else "better" if clear else "NOT CLEARLY BETTER"
+    return {"better": "better", "not clearly better": "NOT CLEARLY BETTER"}.get(verdict(one), "")
 
 
 def times(jobs: pd.DataFrame) -> list[str]:

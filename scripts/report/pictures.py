@@ -1,7 +1,7 @@
 """The pictures that rules mark for reports, with their captions."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,16 +11,42 @@ from docutils.core import publish_parts
 
 from scripts.common.errors import KilnError
 
+ALIKE = 3  # pictures of one kind that are shown side by side; of more, one stands for all
 WILDCARD = re.compile(r"\{(\w+)(?:,([^{}]*))?\}")  # of Snakemake: a name and perhaps an expression for it
 
 
 class Picture(NamedTuple):
-    """A picture that is there: the pipeline's name, what it shows, its wildcards, and its caption as HTML."""
+    """A picture that is there: the pipeline's name, what it shows, its wildcards, and its caption as HTML.
+
+    Pictures of one category whose captions come from one file, `kind`, show the same of different runs.
+    """
 
     path: Path
     category: str
     labels: dict[str, str]
     caption: str
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """Its labels in words."""
+        return " · ".join(self.labels.values()).replace("_", " ")
+
+
+class Kind(NamedTuple):
+    """Pictures that show the same of different runs: those that stand for it, and the others."""
+
+    shown: list[Picture]
+    others: list[Picture]
+
+
+def by_kind(pictures: Iterable[Picture]) -> list[Kind]:
+    """Pictures by category and kind, both in the order of their first: up to `ALIKE` are shown, of more the first."""
+    found: dict[tuple[str, str], list[Picture]] = {}
+    for one in pictures:
+        found.setdefault((one.category, one.kind), []).append(one)
+    cuts = [(own, len(own) if len(own) <= ALIKE else 1) for own in found.values()]
+    return [Kind(own[:cut], own[cut:]) for own, cut in cuts]
 
 
 def find_pictures(marked: Mapping[str, Any]) -> Iterator[Picture]:
@@ -47,7 +73,8 @@ def find_pictures(marked: Mapping[str, Any]) -> Iterator[Picture]:
         if match:
             wildcards = match.groupdict()
             labels = {name: text.format(**wildcards) for name, text in marked["labels"].items()}
-            yield Picture(path, marked["category"], labels, render(Path(marked["caption"]), wildcards))
+            caption = render(Path(marked["caption"]), wildcards)
+            yield Picture(path, marked["category"], labels, caption, marked["caption"])
 
 
 def render(caption: Path, wildcards: Mapping[str, str]) -> str:

@@ -20,9 +20,11 @@ from PIL import Image
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.fonts import embedded_face
-from scripts.report.headlines import beats
+from scripts.report.headlines import verdict
+from scripts.report.introduction import uses_drawn_data
 from scripts.report.jobs import record_files
-from scripts.report.pictures import Picture, find_pictures
+from scripts.report.overview import main_metric
+from scripts.report.pictures import Kind, Picture, by_kind, find_pictures
 
 TITLES = {
     "vase": "Vases: quality, best views, a vision-language model by SFT and GRPO",
@@ -53,8 +55,28 @@ def embedded(path: Path) -> str:
 
 def form(path: Path) -> str:
     """How a picture is shown: "wide", the whole page's width, for a sheet of many; "tall", in a frame that scrolls."""
+    width, height = size(path)
+    return "wide" if width > WIDE else "tall" if height > TALL * width else ""
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture in pixels."""
     with Image.open(path) as image:
-        return "wide" if image.width > WIDE else "tall" if image.height > TALL * image.width else ""
+        return image.size
+
+
+def not_better(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the parts of a metric that are not clear of their baselines."""
+    return [name for name, one in parts.items() if verdict(one) == "not clearly better"]
+
+
+def sort_pictures(found: Iterable[Picture], funnels: Path) -> tuple[dict[str, list[Picture]], dict[str, list[Kind]]]:
+    """({pipeline: pictures in the folder `funnels`}, {pipeline: its other pictures by kind})."""
+    drawn: dict[str, list[Picture]] = {}
+    others: dict[str, list[Picture]] = {}
+    for one in found:
+        (drawn if one.path.parent == funnels else others).setdefault(one.category, []).append(one)
+    return drawn, {pipeline: by_kind(own) for pipeline, own in others.items()}
 
 
 def environment(metas: Iterable[Path]) -> dict[str, list[str]]:
@@ -68,18 +90,6 @@ def environment(metas: Iterable[Path]) -> dict[str, list[str]]:
         found["gpus"] |= set(hardware.get("gpus") or [])
         found["packages"] |= {f"{name} {version}" for name, version in made.get("packages", {}).items()}
     return {name: sorted(values) for name, values in found.items()}
-
-
-def uses_drawn_data(config: Any) -> bool:
-    """Whether a resolved configuration has a value below the demo's own folder, {results}/demo/."""
-    drawn = f"{config['results']}/demo/"
-    todo = [config]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str) and value.startswith(drawn):
-            return True
-        todo += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    return False
 
 
 def by_step(funnels: pd.DataFrame, pipeline: str) -> dict[str, list[dict]]:
@@ -130,19 +140,19 @@ def run(args: argparse.Namespace) -> None:
     inputs = {name: getattr(args, name) for name in ("summary", "variants", "funnels", "rules")}
     record = step.record(args, "scripts.report.write_index", None, inputs)
     summary = artefacts.read_json(args.summary)
-    pictures: dict[str, list[Picture]] = {pipeline: [] for pipeline in summary}
-    for picture in (found for marked in args.pictures for found in find_pictures(marked)):
-        own = pictures.setdefault(picture.category, [])
-        own.insert(0 if picture.path.is_relative_to(args.funnels.parent) else len(own), picture)
+    found = [one for marked in args.pictures for one in find_pictures(marked)]
+    drawn, kinds = sort_pictures(found, args.funnels.parent)
     config = yaml.safe_load((args.results / "config.yaml").read_text(encoding="utf-8"))
     variants = pd.read_csv(args.variants)
     page = _render(
         summary=summary,
         titles=TITLES,
+        mains={pipeline: main_metric(pipeline, metrics) for pipeline, metrics in summary.items()},
         drawn=uses_drawn_data(config),
         variants=_rows(variants),
         several=variants.groupby("pipeline")["run"].nunique().gt(1).to_dict(),
-        pictures=pictures,
+        pictures={pipeline: kinds.get(pipeline, []) for pipeline in summary},
+        drawn_funnels={pipeline: drawn.get(pipeline, []) for pipeline in summary},
         funnels={pipeline: by_step(pd.read_csv(args.funnels), pipeline) for pipeline in summary},
         rules=_rows(pd.read_csv(args.rules)),
         captions=captions(args.captions),
@@ -151,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         links=links(args.results, args.links),
     )
     artefacts.write_text(args.output, page)
-    step.log.info("%s: %d pictures, %.1f MB", args.output, sum(map(len, pictures.values())), len(page) / 1e6)
+    step.log.info("%s: %d pictures, %.1f MB", args.output, len(found), len(page) / 1e6)
     record.write(args.meta, [args.output])
 
 
@@ -168,7 +178,8 @@ def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     made.lstrip_blocks = True
-    made.globals |= {"bar": bar, "beats": beats, "embedded": embedded, "form": form}
+    made.globals |= {"bar": bar, "embedded": embedded, "form": form, "not_better": not_better}
+    made.globals |= {"size": size, "verdict": verdict}
     return made.get_template("index.html.jinja")
 
 
