@@ -19,6 +19,7 @@ from PIL import Image
 
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
+from scripts.report.drawn import uses_drawn_data
 from scripts.report.fonts import embedded_face
 from scripts.report.headlines import beats
 from scripts.report.jobs import record_files
@@ -68,18 +69,6 @@ def environment(metas: Iterable[Path]) -> dict[str, list[str]]:
         found["gpus"] |= set(hardware.get("gpus") or [])
         found["packages"] |= {f"{name} {version}" for name, version in made.get("packages", {}).items()}
     return {name: sorted(values) for name, values in found.items()}
-
-
-def uses_drawn_data(config: Any) -> bool:
-    """Whether a resolved configuration has a value below the demo's own folder, {results}/demo/."""
-    drawn = f"{config['results']}/demo/"
-    todo = [config]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str) and value.startswith(drawn):
-            return True
-        todo += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    return False
 
 
 def by_step(funnels: pd.DataFrame, pipeline: str) -> dict[str, list[dict]]:
