@@ -1,5 +1,5 @@
 """
-Kiln: five vision and vision-language projects, from raw data to the numbers in their papers.
+Kiln: five vision and vision-language projects, from raw data to a scored model.
 
     snakemake --configfile config/demo.yaml --cores all     the embedded demo, minutes on a laptop
     snakemake --profile slurm vase_images                   one target on a cluster

@@ -40,6 +40,14 @@ BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDI
 BIOMEDICA_DEMO = bool(served(BIOMEDICA_SHARDS, "any"))
 
 
+def biomedica_shards(folder, found):
+    """Stop the workflow where the user's folder is missing; warn where all is streamed though a folder is set."""
+    default = kiln_config.Config().biomedica.shards
+    warning = layouts.require_shards(folder, sum(found.tops.values()), default)
+    if warning:
+        logger.warning(warning)
+
+
 rule biomedica_index_local:
     input:
         shards=drawn(BIOMEDICA_SHARDS),
@@ -65,7 +73,7 @@ rule biomedica_index_local:
         execution=outside(execution(index="biomedica.index")),
         settings=numerics(index="biomedica.index", held_out="biomedica.held_out"),
         code=code_key("scripts.biomedica.index_local"),
-        files=folder_digest(BIOMEDICA_SHARDS, (".tar",), may_be_empty=True),
+        files=folder_digest(BIOMEDICA_SHARDS, (".tar",), may_be_empty=True, look=biomedica_shards),
         folder=subpath(output.index, parent=True),
     message:
         "Index the local shards"

@@ -54,6 +54,11 @@ BUSI_CARD = model_card_options(CONFIG.busi.base.model) + (
 BUSI_CLASSES = " ".join(map(shlex.quote, CONFIG.busi.list.classes))
 
 
+def busi_classes(folder, found):
+    """Stop the workflow where a class folder is missing."""
+    layouts.require_classes(folder, found.tops, CONFIG.busi.list.classes, "busi.list.classes")
+
+
 rule busi_list_images:
     input:
         drawn(CONFIG.busi.images),
@@ -77,7 +82,7 @@ rule busi_list_images:
         images=outside(CONFIG.busi.images),
         settings=numerics("busi.list"),
         code=code_key("scripts.busi.list_images"),
-        files=folder_digest(CONFIG.busi.images),
+        files=folder_digest(CONFIG.busi.images, look=busi_classes),
         folder=subpath(output.meta, parent=True),
     message:
         "List the ultrasound images and their masks"
@@ -179,7 +184,7 @@ rule busi_split:
 rule busi_audit_split:
     input:
         manifest=rules.busi_list_images.output.manifest,
-        files=lambda w: drawn(CONFIG.busi.images)(w) + list(BUSI_SPLITS[w.split].values()),
+        files=lambda w: drawn(CONFIG.busi.images)(w) + [users_file(one) for one in BUSI_SPLITS[w.split].values()],
     output:
         report=f"{BUSI}/audit_split/{{split}}/leakage_report.json",
         meta=f"{BUSI}/audit_split/{{split}}/meta.json",
@@ -223,7 +228,7 @@ rule busi_build_conversations:
     input:
         manifest=rules.busi_list_images.output.manifest,
         groups=rules.busi_find_duplicates.output.groups,
-        files=lambda w: drawn(CONFIG.busi.images)(w) + list(BUSI_SPLITS[BUSI_USED].values()),
+        files=lambda w: drawn(CONFIG.busi.images)(w) + [users_file(one) for one in BUSI_SPLITS[BUSI_USED].values()],
     output:
         train=f"{BUSI}/build_conversations/train.jsonl",
         validation=f"{BUSI}/build_conversations/validation.jsonl",

@@ -29,7 +29,7 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from scripts import config as kiln_config
-from scripts import needs
+from scripts import layouts, needs
 from scripts.common import disk, doctor, rehash, retrain, scans, variants
 from scripts.common import code_key as code_keys
 from scripts.common import settings as kiln_settings
@@ -372,17 +372,27 @@ def once_drawn(path, function):
 
 def optional_table(path):
     """An input function: the table of that path; the drawing that makes it, if it is the demo's; or nothing."""
-    return lambda wildcards: drawn(path)(wildcards) or ([path] if path else [])
+    return lambda wildcards: drawn(path)(wildcards) or ([users_file(path)] if path else [])
+
+
+def users_file(path):
+    """A path of the configuration; if no file of the user's is there, the workflow stops and names its key.
+
+    Of a module, other rules may make it; nor is it looked at where Kiln itself makes it.
+    """
+    others = workflow.modifier.parent_modifier is not None or path.startswith(f"{RESULTS}/")
+    if workflow.is_main_process and not others:
+        or_stop(of_folder, path, layouts.require_file, path)
+    return path
 
 
 def of_folder(folder, function, *arguments):
-    """What `function` finds in a folder of the configuration; its KilnError names the key that holds the folder."""
+    """What `function` finds at a path of the configuration; its KilnError names the key and what it is to hold."""
     try:
         return function(*arguments)
     except KilnError as error:
-        keys = " and ".join(kiln_config.keys_of(CONFIG, folder))
         told = "" if Path("config/config.yaml").is_file() else "; there is no config/config.yaml here"
-        raise KilnError(f"{error.message} (the value of {keys}{told})" if keys else error.message, error.hint) from None
+        raise layouts.explained(error, folder, kiln_config.keys_of(CONFIG, folder), told) from None
 
 
 def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):
@@ -398,11 +408,21 @@ def _folder_facts(folder, extensions, may_be_empty):
     return of_folder(folder, seen.facts, Path(folder), extensions, may_be_empty, spoken)
 
 
-def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False):
-    """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings."""
-    return once_drawn(
-        folder, lambda wildcards: folder_facts(folder, extensions, may_be_empty).digest if folder else None
-    )
+def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False, look=None):
+    """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings.
+
+    `look` gets the folder and its facts, and may refuse them before any job.
+    """
+
+    def digest(wildcards):
+        if not folder:
+            return None
+        found = folder_facts(folder, extensions, may_be_empty)
+        if look and workflow.is_main_process:
+            of_folder(folder, look, Path(folder), found)
+        return found.digest
+
+    return once_drawn(folder, digest)
 
 
 class ShardedFolder:

@@ -13,6 +13,8 @@ Target `reproduce_{pipeline}` is the pipeline's own and its table. Where encoder
 are scored, too.
 """
 
+from scripts.report.drawn import uses_drawn_data
+
 PAPER_TARGETS = f"{ROOT}/config/paper_targets.csv"
 PAPER_COSTS = f"{ROOT}/config/paper_costs.csv"
 PAPER_RELEASED = {
@@ -21,6 +23,10 @@ PAPER_RELEASED = {
     if one.model in MODELS and RAE_PUBLISHED[name].decoder in MODELS
 }
 PAPER_RUNS = REPORT_RUNS | {"rae": REPORT_RUNS["rae"] | PAPER_RELEASED}
+PAPER_DRAWN = [
+    name for name in PAPER_RUNS if uses_drawn_data({"results": RESULTS, name: getattr(CONFIG, name).model_dump()})
+]
+PAPER_FRONT = f"--front-page {shlex.quote(RESULTS)}/index.html"
 PAPER_PIPELINES = {"paper": REPORT, **{f"paper/{pipeline}": [pipeline] for pipeline in PAPER_RUNS}}  # by table
 
 
@@ -50,6 +56,8 @@ rule report_compare_paper:
             for pipeline in PAPER_PIPELINES[wildcards.table]
         ),
         pipelines=lambda wildcards, output: PAPER_PIPELINES[wildcards.table],
+        drawn=lambda wildcards: [name for name in PAPER_PIPELINES[wildcards.table] if name in PAPER_DRAWN],
+        front=lambda wildcards, output: PAPER_FRONT if wildcards.table == "paper" else "",
         targets=outside(PAPER_TARGETS),
         costs=outside(PAPER_COSTS),
         models=outside(MODELS_TABLE),
@@ -61,6 +69,8 @@ rule report_compare_paper:
         "{params.step} scripts.report.compare_paper"
         " {params.runs}"
         " --pipelines {params.pipelines}"
+        " --drawn {params.drawn}"
+        " {params.front}"
         " --targets {params.targets:q}"
         " --costs {params.costs:q}"
         " --models {params.models:q}"

@@ -34,6 +34,11 @@ VASE_BACKBONES = {name: one.vase.classifier.weights for name, one in VASE_RUNS.c
 VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")
 
 
+def vase_classes(folder, found):
+    """Stop the workflow where a class folder of the labelled images is missing."""
+    layouts.require_classes(folder, found.tops, ("0", "1"))
+
+
 rule vase_inspect_images:
     input:
         drawn(CONFIG.vase.images),
@@ -134,7 +139,7 @@ rule vase_list_labelled:
         images=outside(CONFIG.vase.labelled),
         settings=numerics(inspect="vase.inspect", list="vase.list"),
         code=code_key("scripts.vase.list_labelled"),
-        files=folder_digest(CONFIG.vase.labelled),
+        files=folder_digest(CONFIG.vase.labelled, look=vase_classes),
         folder=subpath(output.meta, parent=True),
     message:
         "List the labelled images"

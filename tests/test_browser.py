@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import report_fixtures as fixtures
+import test_paper
 import workflow
 
 from scripts.report import write_index
@@ -120,6 +121,35 @@ def test_the_first_foreign_text_is_shown_by_the_embedded_font(browser, small):
     assert cell.evaluate(width) == pytest.approx(6 * size, rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """The page of published numbers, with runs of two pipelines."""
+    place = tmp_path_factory.mktemp("published")
+    rae = test_paper.full_protocol(place / "rae")
+    vase = test_paper.vase_metrics(place / "vase", 96)
+    front = place / "index.html"
+    front.write_text("<title>front</title>")
+    given = ("--rae", f"main/main={rae}", "--vase", f"main/main={vase}", "--drawn", "vase", "--front-page", str(front))
+    test_paper.compared(place, *given)
+    return place / "paper.html"
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_published_numbers_are_read_by_scrolling_downwards_alone(browser, published, size):
+    page, wrong = opened(browser, published, size)
+    assert wrong == [] and page.get_by_text("drawn data and tiny models").is_visible()
+    edges = "[...document.querySelectorAll('td, a')].map(one => one.getBoundingClientRect().right)"
+    assert max(page.evaluate(edges)) <= size[0], "a number is seen by scrolling sideways alone"
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    words = [page.get_by_text(one).first for one in ("0.5512 [0.54, 0.56], n = 50000", "DINOv2-B, ViT-XL decoder")]
+    assert all(float(one.evaluate("one => parseFloat(getComputedStyle(one).fontSize)")) >= 14 for one in words)
+    named = "one => getComputedStyle(one, '::before').content"
+    cell = page.locator("td", has_text="0.5512 [").first
+    assert ("this run" in cell.evaluate(named)) == (size == SIZES["phone"]), "cards name their lines"
+    page.get_by_role("link", name="front page").click()
+    assert page.title() == "front"
+
+
 def test_dark_pages_stay_readable(browser, small):
     page = browser.new_page(color_scheme="dark")
     page.goto(small.as_uri())
@@ -174,3 +204,13 @@ def test_the_front_page_of_a_real_run_names_its_numbers_and_all_that_lies_beside
     assert {"report.html", "paper.html", "ro-crate-metadata.json"} <= set(links)
     assert all((made / one).is_file() for one in links if not one.startswith("#"))
     assert page.evaluate("document.images.length") >= 6
+
+
+@pytest.mark.slow(minutes=2)
+def test_published_numbers_of_a_real_run_say_that_data_are_drawn_and_lead_to_what_is_there(browser, made):
+    page, _ = opened(browser, made / "paper.html", SIZES["phone"])
+    assert page.get_by_text("drawn data and tiny models").is_visible()
+    links = page.evaluate("[...document.querySelectorAll('a')].map(one => one.getAttribute('href'))")
+    local = [one for one in links if not one.startswith(("#", "https:"))]
+    assert "index.html" in local and any(one.endswith("/metrics.json") for one in local)
+    assert all((made / one).is_file() for one in local)

@@ -232,7 +232,8 @@ def test_the_program_is_installed(call):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [pytest.param(b, id=b.place) for b in BLOCKS if b.info == "bash run"])
 def test_a_block_that_says_run_runs(checkout, block):
-    done = typed(checkout, "bash", "-eu", "-c", block.text)
+    activated = f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"  # as the pages ask for
+    done = typed(checkout, "bash", "-eu", "-c", block.text, PATH=activated)
     assert done.returncode == 0, f"{block.place}:\n{(done.stdout + done.stderr)[-3000:]}"
 
 

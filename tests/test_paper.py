@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import urllib.parse
 from pathlib import Path
 
 import pandas as pd
@@ -353,8 +354,14 @@ def test_a_run_without_the_published_data_has_a_column_of_its_own(tmp_path):
 
 
 def cells_of(page: str) -> list[list[str]]:
+    """The cells of the page in Markdown, without their links."""
     lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| metric |")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in lines]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in plain]
+
+
+def hrefs(html: str) -> list[str]:
+    return re.findall(r'<a href="([^"]*)"', html)
 
 
 def test_pages_and_table_say_the_same(tmp_path):
@@ -393,9 +400,48 @@ def test_the_page_needs_no_other_file_and_escapes_text(tmp_path):
     tables["paper_targets"].write_text(text)
     compared(tmp_path, **tables)
     html = (tmp_path / "paper.html").read_text()
-    assert not re.search(r"<(script|link|img|iframe)|src=|url\(|@import|https?:", html)
+    assert not re.search(r"<(script|link|img|iframe)|src=|url\(|@import|(?<!<a href=\")https?:", html)
     assert "&lt;b&gt;BUSI" in html and "<b>" not in html
     assert "BUSI</b> \\| x" in (tmp_path / "paper.md").read_text()
+
+
+def test_links_lead_to_sources_to_our_files_and_within_the_page(tmp_path):
+    results = tmp_path / "a run"
+    file = full_protocol(results / "rae 1")
+    out, front = results / "paper", results / "index.html"
+    compare_paper.main(options(out, "--rae", f"main/main={file}", "--pipelines", "rae", "--front-page", str(front)))
+    front.touch()
+    html, page = ((out / f"paper.{ending}").read_text() for ending in ("html", "md"))
+    own = [one for one in hrefs(html) if not one.startswith("https:")]
+    files = [(out / urllib.parse.unquote(one)).resolve() for one in own if not one.startswith("#")]
+    assert set(files) == {file.resolve(), front.resolve(), (out / "paper.csv").resolve()}
+    assert all(path.is_file() for path in files)
+    anchors = set(re.findall(r'id="([^"]*)"', html))
+    assert {one[1:] for one in own if one.startswith("#")} == anchors >= {"rae", "rae-1"}
+    repo = "github.com/bytetriper/RAE"
+    for one in ("arxiv.org/abs/2510.11690", f"{repo}/tree/a4d18c4", f"{repo}/issues/11"):
+        assert f"https://{one}" in hrefs(html) and f"](https://{one})" in page
+    assert "[front page (made by snakemake report)](../index.html)" in page
+    assert "(../rae%201/evaluate/metrics.json)" in page
+    table = pd.read_csv(out / "paper.csv")
+    assert set(table["file"].dropna()) == {"../rae 1/evaluate/metrics.json"}
+
+
+@pytest.mark.parametrize(
+    ("pipelines", "drawn", "said"),
+    [
+        (["rae", "busi"], [], None),
+        (["rae", "busi"], ["coca"], None),
+        (["rae"], ["rae", "coca"], "Our numbers here are numbers of drawn data and tiny models."),
+        (["rae", "busi"], ["busi"], "Our numbers of busi are numbers of drawn data and tiny models."),
+    ],
+)
+def test_numbers_of_the_demos_data_are_marked_above_all(tmp_path, pipelines, drawn, said):
+    compared(tmp_path, "--pipelines", *pipelines, *(["--drawn", *drawn] if drawn else []))
+    for ending in ("html", "md"):
+        page = (tmp_path / f"paper.{ending}").read_text()
+        assert ("drawn data" in page) == bool(said)
+        assert not said or page.index(said) < page.index("snakemake --profile")
 
 
 def with_row(path: Path, table: Path, number: int, changes: dict[str, str]) -> Path:
@@ -467,6 +513,7 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_every_number_names_a_source_that_can_be_looked_up():
     for one in TARGETS:
         assert re.search(r"arXiv:\d{4}\.\d{5}|[\w.-]+/[\w.-]+(@[0-9a-f]{7}| issue #\d+)", one.source), one
+        assert any(piece.url for piece in compare_paper.linked(one.source)), f"no link: {one.source}"
     assert {one.pipeline for one in TARGETS} == set(paper_tables.METRICS)
 
 

@@ -6,9 +6,12 @@ stands under `this run`, with the differences.
 """
 
 import argparse
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 import pandas as pd
@@ -28,11 +31,33 @@ FACTS = ("", "_n", "_ci_low", "_ci_high")
 COLUMNS = [
     "pipeline", "metric", "model", "split", "unit", "better", "paper", "paper_n",
     *(f"{name}{fact}" for name in NUMBERS for fact in FACTS),
-    "run", "protocol", "differs_in", "differences", "source", "command", *QUANTITIES,
+    "run", "file", "protocol", "differs_in", "differences", "source", "command", *QUANTITIES,
 ]  # fmt: skip
-SHOWN = ("metric", "model", "paper", "ours", "this run, not comparable", "protocol", "source")
+SHOWN = ("metric", "published for", "published", "ours", "this run, not comparable", "protocol", "source")
 COSTS = {"gpus": "GPUs: {:g}", "gpu_hours": "GPU hours: {:g}", "disk_gb": "disk: {:g} GB"}
 SAME, DIFFERS, NONE, NOT_RUN = "same", "differs", "no number known", "not run"
+SOURCES = {  # what a source names, and where it is
+    r"arXiv:(\d{4}\.\d{5})": r"https://arxiv.org/abs/\1",
+    r"([\w-]+/[\w.-]+)@([0-9a-f]{7,40})": r"https://github.com/\1/tree/\2",
+    r"([\w-]+/[\w.-]+) issue #(\d+)": r"https://github.com/\1/issues/\2",
+}
+
+
+class Piece(NamedTuple):
+    """A text of the pages, and what it leads to, if anything."""
+
+    text: str
+    url: str = ""
+
+
+def linked(source: str) -> list[Piece]:
+    """A source in pieces: arXiv numbers, GitHub repositories at a commit and issues of such lead there."""
+    found, end = [], 0
+    for match in re.finditer("|".join(SOURCES), source):
+        pattern = next(one for one in SOURCES if re.fullmatch(one, match[0]))
+        found += [Piece(source[end : match.start()]), Piece(match[0], re.sub(pattern, SOURCES[pattern], match[0]))]
+        end = match.end()
+    return [one for one in [*found, Piece(source[end:])] if one.text]
 
 
 def entry(metrics: Mapping[str, Any], place: Sequence[str]) -> Mapping[str, Any] | None:
@@ -45,23 +70,29 @@ def entry(metrics: Mapping[str, Any], place: Sequence[str]) -> Mapping[str, Any]
 
 
 class Runs:
-    """The metrics files of a pipeline's runs, each read once: a list of (run, metrics, what made them)."""
+    """The metrics files of a pipeline's runs, each read once: a list of (run, file, metrics, what made them).
 
-    def __init__(self, pipeline: str, given: Sequence[str]):
+    Args:
+        page: the folder of the pages, which `file` is relative to.
+    """
+
+    def __init__(self, pipeline: str, given: Sequence[str], page: Path):
         self.pipeline, self.found = pipeline, []
         for (variant, run), paths in files_of_runs(pipeline, given).items():
             name = run if run == variant or run.startswith(f"{variant}-") else f"{variant}/{run}"
-            self.found += [(name, artefacts.read_json(path), lineage.maker(path)) for path in paths]
+            self.found += [
+                (name, os.path.relpath(path, page), artefacts.read_json(path), lineage.maker(path)) for path in paths
+            ]
 
-    def best(self, target: Target, models: Mapping[str, Model]) -> tuple[str, Found, Comparison] | None:
+    def best(self, target: Target, models: Mapping[str, Model]) -> tuple[str, str, Found, Comparison] | None:
         """The run that is nearest to the target's protocol, the first of several; None: no run has the metric."""
         place, candidates = METRICS[self.pipeline][target.metric], []
-        for name, metrics, made in self.found:
+        for name, file, metrics, made in self.found:
             one = entry(metrics, place)
             if one is not None:
                 found = Found(one, metrics, made)
-                candidates.append((name, found, compare(target, found, models)))
-        return min(candidates, key=lambda one: len(one[2].differences), default=None)
+                candidates.append((name, file, found, compare(target, found, models)))
+        return min(candidates, key=lambda one: len(one[3].differences), default=None)
 
 
 def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[str, Cost]) -> dict[str, Any]:
@@ -73,11 +104,11 @@ def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[
     if best is None:
         made["protocol"] = NONE if target.value is None else NOT_RUN
     else:
-        name, ours, comparison = best
+        name, file, ours, comparison = best
         low, high = ours.entry.get("ci95") or (None, None)
         column = NUMBERS[0] if comparison.same else NUMBERS[1]
         facts = zip(FACTS, (ours.entry["value"], ours.entry["n"], low, high), strict=True)
-        made |= {f"{column}{fact}": value for fact, value in facts} | {"run": name}
+        made |= {f"{column}{fact}": value for fact, value in facts} | {"run": name, "file": file}
         made["protocol"] = NONE if target.value is None else SAME if comparison.same else DIFFERS
         if made["protocol"] == DIFFERS:
             made["differs_in"] = ", ".join(comparison.aspects)
@@ -92,21 +123,25 @@ def digits(value: float | None, unit: str = "") -> str:
     return f"{value:.4g}{' dB' if unit == 'dB' else ''}"
 
 
-def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
     """What stands in a row of the pages, by `SHOWN`; differences go to `notes`, each kind of them once."""
     arrow = {"higher": "↑", "lower": "↓"}[one["better"]]
-    shown = {"metric": f"{one['metric']} {arrow}", "model": f"{one['model']}; {one['split']}", "source": one["source"]}
-    shown["paper"] = digits(one["paper"], one["unit"]) + (f", n = {one['paper_n']}" if one["paper_n"] else "")
+    published = digits(one["paper"], one["unit"]) + (f", n = {one['paper_n']}" if one["paper_n"] else "")
+    texts = (f"{one['metric']} {arrow}", f"{one['model']}; {one['split']}", published)
+    shown = {title: [Piece(text)] for title, text in zip(SHOWN, texts, strict=False)}
+    run = [Piece(one["run"], quote(one["file"]))] if one["run"] else []
     for name, title in zip(NUMBERS, SHOWN[3:5], strict=True):
         text = digits(one[name], one["unit"])
         if text and one[f"{name}_ci_low"] is not None:
             text += f" [{digits(one[f'{name}_ci_low'])}, {digits(one[f'{name}_ci_high'])}]"
-        shown[title] = text and f"{text}, n = {one[f'{name}_n']}" + (f" ({one['run']})" if one["run"] else "")
-    shown["protocol"] = one["protocol"]
+        shown[title] = [Piece(f"{text}, n = {one[f'{name}_n']} ("), *run, Piece(")")] if text else []
+    shown["protocol"], shown["source"] = [Piece(one["protocol"])], linked(one["source"])
     if one["differences"]:
         if one["differences"] not in notes:
             notes.append(one["differences"])
-        shown["protocol"] += f" in {one['differs_in']} ({notes.index(one['differences']) + 1})"
+        number = notes.index(one["differences"]) + 1
+        note = Piece(f"({number})", f"#{one['pipeline']}-{number}")
+        shown["protocol"] = [Piece(f"{one['protocol']} in {one['differs_in']} "), note]
     return {name: shown[name] for name in SHOWN}
 
 
@@ -127,33 +162,50 @@ def sections(table: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str
 
 INTRODUCTION = (
     "A number stands under “ours” only where the records behind it show the published protocol: the same number of "
-    "samples, split, reference, features, weights and settings. Any other stands under “this run”, with what differs. "
+    "samples, split, reference, features, weights and settings. Any other stands under “this run”, with what differs; "
+    "the name of the run leads to its file. “Published for” names the authors’ model and data, not ours. "
     "Intervals are of 95 %. ↑: more is better, ↓: less is."
 )
+DRAWN = "{} numbers of drawn data and tiny models. They show that every step runs; they compare with nothing published."
 
 
-def as_markdown(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The page in Markdown."""
-    lines = ["# Published numbers and ours", "", INTRODUCTION, ""]
+def warning(pipelines: Sequence[str], drawn: Sequence[str]) -> str:
+    """That numbers of ours are of the demo's data, and of which of the `pipelines`; empty where none are."""
+    own = [name for name in pipelines if name in drawn]
+    if not own:
+        return ""
+    return DRAWN.format("Our numbers here are" if own == list(pipelines) else f"Our numbers of {', '.join(own)} are")
+
+
+def as_markdown(parts: Sequence[Mapping[str, Any]], note: str, links: Sequence[Piece]) -> str:
+    """The page in Markdown: `note` stands above all, and `links` to what lies beside it."""
+    lines = ["# Published numbers and ours", "", *([f"> **{note}**", ""] if note else []), INTRODUCTION, ""]
+    lines += [f"See also: {', '.join(map(_in_markdown, links))}", ""] if links else []
     for part in parts:
-        lines += [f"## {part['name']}", "", f"To reproduce: `{part['command']}`", ""]
+        about = f"To reproduce: `{part['command']}`. What it does: `docs/{part['name']}.md` in Kiln's folder."
+        lines += [f"## {part['name']}", "", about, ""]
         lines += [f"- {one['amount']} ({one['basis']}): {one['how']}" for one in part["costs"]]
         lines += ["", f"| {' | '.join(SHOWN)} |", f"|{'---|' * len(SHOWN)}"]
         for one in part["rows"]:
-            lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in one.values())} |")
+            lines.append(f"| {' | '.join(''.join(map(_in_markdown, pieces)) for pieces in one.values())} |")
         lines += ["", "What differs:", ""] if part["notes"] else [""]
         lines += [f"{number}. {note}" for number, note in enumerate(part["notes"], start=1)]
         lines += [""] if part["notes"] else []
     return "\n".join(lines)
 
 
-def as_html(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The page in HTML, in one file."""
+def _in_markdown(piece: Piece) -> str:
+    text = piece.text.replace("|", chr(92) + "|")
+    return text if not piece.url or piece.url.startswith("#") else f"[{text}]({piece.url})"  # its notes have no anchors
+
+
+def as_html(parts: Sequence[Mapping[str, Any]], note: str, links: Sequence[Piece]) -> str:
+    """The page in HTML, in one file, with `note` and `links` as `as_markdown` has them."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(parts=parts, columns=SHOWN, introduction=INTRODUCTION)
+    return template.render(parts=parts, columns=SHOWN, introduction=INTRODUCTION, note=note, links=links)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -168,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--targets", type=Path, required=True, help="the published numbers, config/paper_targets.csv")
     made.add_argument("--costs", type=Path, required=True, help="what they cost, config/paper_costs.csv")
     made.add_argument("--models", type=Path, required=True, help="the table of models, config/models.csv")
+    made.add_argument("--drawn", nargs="*", choices=PIPELINES, default=[], help="pipelines whose data the demo drew")
+    made.add_argument("--front-page", type=Path, help="index.html, to which the pages lead back")
     made.add_argument("--output", type=Path, required=True, help="the table (.csv); the pages go beside it")
     run(made.parse_args(argv))
 
@@ -179,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
     inputs |= {f"{pipeline} {item}": Path(item.partition("=")[2]) for pipeline in PIPELINES for item in given[pipeline]}
     record = step.record(args, "scripts.report.compare_paper", None, inputs)
     targets, costs, models = read_targets(args.targets), read_costs(args.costs), read_table(args.models)
-    runs = {pipeline: Runs(pipeline, given[pipeline]) for pipeline in args.pipelines}
+    runs = {pipeline: Runs(pipeline, given[pipeline], args.output.parent) for pipeline in args.pipelines}
     table = [
         row(target, runs[target.pipeline], models, costs[target.pipeline])
         for target in sorted(targets, key=lambda one: PIPELINES.index(one.pipeline))
@@ -187,7 +241,15 @@ def run(args: argparse.Namespace) -> None:
     ]
     parts = sections(table, costs)
     frame = pd.DataFrame(table, columns=COLUMNS, dtype=object)
-    texts = {".csv": frame.to_csv(index=False), ".md": as_markdown(parts), ".html": as_html(parts)}
+    note, links = warning(args.pipelines, args.drawn), [Piece("this table as CSV", quote(args.output.name))]
+    if args.front_page:
+        page = quote(os.path.relpath(args.front_page, args.output.parent))
+        links.insert(0, Piece("front page (made by snakemake report)", page))
+    texts = {
+        ".csv": frame.to_csv(index=False),
+        ".md": as_markdown(parts, note, links),
+        ".html": as_html(parts, note, links),
+    }
     for ending, text in texts.items():
         artefacts.write_text(args.output.with_suffix(ending), text)
     for state in (SAME, DIFFERS, NOT_RUN, NONE):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
+from scripts.report.drawn import uses_drawn_data
 from scripts.report.fonts import embedded_face
 from scripts.report.headlines import verdict
 from scripts.report.introduction import uses_drawn_data
