@@ -24,6 +24,7 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 import yaml
+from snakemake.common.configfile import load_configfile
 from snakemake.exceptions import IncompleteCheckpointException, WorkflowError
 from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
@@ -53,7 +54,20 @@ if workflow.modifier.path_modifier.prefix or workflow.modifier.path_modifier.mod
     hint = "leave `prefix` out, and set `results`, `models` and `datasets` in its config"
     raise WorkflowError(f"Kiln as a module has no `prefix`: its steps are told paths that it would miss\nHint: {hint}")
 
-CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"))
+USER_FILE = Path("config/config.yaml").absolute()
+if USER_FILE.is_file() and USER_FILE not in map(Path, workflow.configfiles):
+    workflow.configfiles.append(str(USER_FILE))  # for Snakemake to name it; it is read below, beneath the others
+
+
+def origins():
+    """(name, values) of what made `config`, later ones on top: files of `configfile:`, of --configfile, --config."""
+    asked = workflow.config_settings
+    own = [file for file in map(Path, workflow.configfiles) if file not in (USER_FILE, *asked.configfiles)]
+    files = [(os.path.relpath(file), load_configfile(file)) for file in [*own, *asked.configfiles]]
+    return [*files, ("--config", asked.config)]
+
+
+CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"), origins)
 RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"

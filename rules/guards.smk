@@ -46,6 +46,7 @@ TRAININGS = (
     "biomedica_train_clip",
 )
 IN_MODULE = workflow.modifier.parent_modifier is not None
+PLAIN = r"[\w.,-]+"  # a resource that is no expression
 CONTROLLER = contextlib.ExitStack()  # what this process holds until it ends
 FAILURES = Watch()
 
@@ -76,6 +77,36 @@ def check_packages():
         logger.warning(str(error))
 
 
+def elsewhere():
+    """Whether jobs are run on other machines; a dry run tells it only by the resources that it gives to all jobs."""
+    return workflow.resource_settings.default_resources is not None if workflow.dryrun else not workflow.local_exec
+
+
+def check_gpus():
+    """Say so if jobs that will run on this machine ask for a GPU, and it has none."""
+    if elsewhere():
+        return
+    one_of = {
+        job.rule.name: job for job in workflow.dag.needrun_jobs() if Path(job.rule.basedir) == Path(ROOT, "rules")
+    }
+    asking = [name for name, job in one_of.items() if asks_for_gpu(job)]
+    trainings = [name for name in asking if any(retrain.is_named(name, training) for training in TRAININGS)]
+    doctor.advise_on_gpus([*sorted(trainings), *sorted(set(asking) - set(trainings))], CONFIG.device, logger.warning)
+
+
+def asks_for_gpu(job):
+    """Whether a job's class has GPUs; see `class_resources`."""
+    return bool(job.resources.get("gpu")) or "--gpus-per-node" in str(job.resources.get("slurm_extra", ""))
+
+
+def check_account():
+    """Say so in a dry run for Slurm if its account is not the user's; a run stops."""
+    defaults = workflow.resource_settings.default_resources or {}
+    account = str(defaults["slurm_account"].raw) if "slurm_account" in defaults else ""
+    if workflow.dryrun and re.fullmatch(PLAIN, account):
+        cluster_guard.advise_on_account(account, logger.warning)
+
+
 def look_at_plan():
     """Before any job, and in dry runs: keep what `make accept` names, else guard finished trainings."""
     plan = retrain.Plan(workflow, CODES)
@@ -87,6 +118,9 @@ def look_at_plan():
         retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
         if not (IN_ENVIRONMENT or workflow.touch):
             check_packages()
+        if not workflow.touch:
+            check_gpus()
+            check_account()
         if CONFIG.check_disk and not workflow.touch:  # which writes nothing
             check_disk()
         if not workflow.dryrun:
@@ -115,7 +149,7 @@ def guard_cluster():
     cluster_guard.refuse_leftovers(directory, Path(workflow.workdir_init))
     defaults = workflow.resource_settings.default_resources
     stated = {name: str(defaults[name].raw) for name in ("slurm_account", "slurm_partition") if name in defaults}
-    plain = {name: value for name, value in stated.items() if re.fullmatch(r"[\w.,-]+", value)}  # no expressions
+    plain = {name: value for name, value in stated.items() if re.fullmatch(PLAIN, value)}
     account = None if options.no_account else plain.get("slurm_account")
     file = options.partition_config
     table = yaml.safe_load(Path(workflow.workdir_init, file).read_text())["partitions"] if file else {}

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from scripts.rae.settings import RaeSettings
 from scripts.vase.settings import VaseSettings
 
 ROOT = Path(__file__).resolve().parents[1]
+SET = "set"  # the key of Snakemake's `config` that holds dotted overrides
 HEADER = (
     "# yaml-language-server: $schema=schema.json\n"
     "# Generated from the settings models by `make config`; do not edit. Your own values go into\n"
@@ -108,25 +109,59 @@ class Config(Settings):
     biomedica: BiomedicaSettings = BiomedicaSettings()
 
 
-def load(given: Mapping[str, Any], user_file: Path) -> Config:
+Origins = Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]
+
+
+def load(given: Mapping[str, Any], user_file: Path, origins: Origins = tuple) -> Config:
     """The configuration of a run: models, then the user's file, then what the command line gave.
 
     Args:
         given: Snakemake's `config` (from --configfile and --config); its key `set` holds dotted overrides.
         user_file: config/config.yaml, if there is one.
+        origins: (name, values) of what `given` was made from, later ones on top; asked for errors alone.
 
     Raises:
-        KilnError: an unknown key or a bad value, before any job.
+        KilnError: an unknown key or a bad value, before any job; where it was given is named.
     """
-    given = dict(given)
-    overrides = given.pop("set", None)
-    values = settings.read_yaml(user_file) if user_file.is_file() else {}
-    values = settings.merge(values, given)
-    if overrides:
-        values = settings.merge(values, settings.parse_overrides(str(overrides)))
-    sources = [str(user_file)] if user_file.is_file() else []
-    sources += ["--configfile or --config"] if given or overrides else []
-    return settings.validate(Config, values, " and ".join(sources) or "the defaults")
+    own = settings.read_yaml(user_file) if user_file.is_file() else {}
+    plain = {name: value for name, value in given.items() if name != SET}
+    overrides = settings.parse_overrides(str(given[SET])) if given.get(SET) else {}
+    values = settings.merge(settings.merge(own, plain), overrides)
+
+    def source(location: settings.Location) -> str:
+        told = [(str(user_file), own), *_parts(plain, origins()), (f"--config {SET}=...", overrides)]
+        return _given_by(location, told)
+
+    return settings.validate(Config, values, source)
+
+
+def _parts(given: Mapping[str, Any], origins: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping]]:
+    """`origins` if they make up `given`, as they do not for a module that gets a part of them; else `given` whole."""
+    parts = [(name, {key: value for key, value in one.items() if key != SET}) for name, one in origins]
+    whole: dict[str, Any] = {}
+    for _, one in parts:
+        whole = settings.merge(whole, one)
+    return parts if whole == given else [("--configfile or --config", given)]
+
+
+def _given_by(location: settings.Location, told: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Who gave the value at a place, or the nearest one around it: the last one, or all that gave keys of a section."""
+    for length in range(len(location), 0, -1):
+        found = [(name, value) for name, one in told for value in _at(one, location[:length])]
+        if found:
+            section = dict.fromkeys(name for name, value in found if isinstance(value, Mapping))
+            return " and ".join(section) if isinstance(found[-1][1], Mapping) else found[-1][0]
+    return " and ".join(name for name, one in told if one) or "the defaults"
+
+
+def _at(values: Any, location: settings.Location) -> list[Any]:
+    """The value at a place, in a list; an empty list if there is none."""
+    for part in location:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return []
+    return [values]
 
 
 def runs(config: Config, pipeline: str) -> dict[str, Config]:

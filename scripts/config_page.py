@@ -2,11 +2,10 @@
 
 import html
 import json
-import types
-import typing
 from collections.abc import Iterator
 from typing import Any
 
+from scripts.common.keys import LONG, as_code, bounds, type_text
 from scripts.common.settings import Settings, is_execution
 
 INTRO = """# Configuration
@@ -25,9 +24,6 @@ or a value that is not allowed stops before any job, with the nearest name that 
 
 Defaults of the pipelines' sections are the published values, where there are any. Long ones are cut here.
 """
-WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
-BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of"))
-LONG = 60  # characters of a default, from which on it is cut
 
 
 def page(config: Settings) -> str:
@@ -50,7 +46,7 @@ def _section(values: Settings, place: str, words: str | None, execution: bool) -
     doc = (type(values).__doc__ or "").strip().partition("\n")[0]
     lines = [f"\n{heading}\n", f"{doc}{f' ({words})' if words else ''}\n" if place else "Keys outside every section.\n"]
     rows = [
-        f"| `{name}` | {type_text(field.annotation)}{_bounds(field)} | {_default(getattr(values, name))} | "
+        f"| `{name}` | {type_text(field.annotation)}{bounds(field)} | {_default(getattr(values, name))} | "
         f"{_cell(field.description or '')} | {'execution' if execution or is_execution(field) else 'numerics'} |"
         for name, field in type(values).model_fields.items()
         if not isinstance(getattr(values, name), Settings)
@@ -60,51 +56,13 @@ def _section(values: Settings, place: str, words: str | None, execution: bool) -
     return "\n".join(lines)
 
 
-def type_text(annotation: Any) -> str:
-    """A field's type in words, as Markdown that fits into a cell."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return ", ".join(_code(one) for one in inner)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_text(one) for one in inner)
-    if origin is typing.Annotated:
-        return type_text(inner[0])
-    if origin is dict:
-        return f"mapping of {type_text(inner[0])} to {type_text(inner[1])}"
-    if origin is list or (origin is tuple and inner[-1] is ...):
-        return f"list of {type_text(inner[0])}"
-    if origin is tuple:
-        return f"list of {len(inner)}: {type_text(inner[0])}"
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        fields = annotation.model_fields.items()
-        return "{" + ", ".join(f"{name}: {type_text(field.annotation)}" for name, field in fields) + "}"
-    return WORDS.get(annotation) or annotation.__name__
-
-
-def _bounds(field) -> str:
-    """A field's limits, such as `, > 0, ≤ 1`."""
-    found = [
-        f"{sign} {getattr(one, name)}"
-        for name, sign in BOUNDS
-        for one in field.metadata
-        if getattr(one, name, None) is not None
-    ]
-    return "".join(f", {one}" for one in found)
-
-
 def _default(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     if len(text) <= LONG:
-        return _code(text or '""')
+        return as_code(text or '""')
     if isinstance(value, tuple | list):
-        return f"{_code(value[0])} and {len(value) - 1} more"
-    return f"{_code(text[:LONG])} …"
-
-
-def _code(value: Any) -> str:
-    """As code; in HTML where a bar would end the cell, which hosts of Markdown escape in different ways."""
-    text = str(value)
-    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
+        return f"{as_code(value[0])} and {len(value) - 1} more"
+    return f"{as_code(text[:LONG])} …"
 
 
 def _cell(text: str) -> str:

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def configured(file: Path | None, overrides: str) -> kiln_config.Config:
     """The configuration of a run with that --configfile."""
     given = settings.read_yaml(file) if file else {}
-    return kiln_config.load({**given, **({"set": overrides} if overrides else {})}, USER_FILE)
+    whole = {**given, **({"set": overrides} if overrides else {})}
+    return kiln_config.load(whole, USER_FILE, lambda: [(str(file), given)])
 
 
 if __name__ == "__main__":

@@ -210,6 +210,56 @@ def test_what_is_wrong_is_said_in_the_words_of_a_config_file(tmp_path, given, sa
     assert caught.value.message.startswith(f"settings from {user}: {says}")
 
 
+def told(given: dict, user: Path, *origins: tuple[str, dict]) -> KilnError:
+    with pytest.raises(KilnError) as caught:
+        config.load(given, user, lambda: origins)
+    return caught.value
+
+
+def test_each_wrong_key_is_told_with_where_it_was_given(tmp_path):
+    user = tmp_path / "config.yaml"
+    user.write_text("vase: {classifier: {epochs: many, lr: 0.1}}\nbusi: {split: {train: 0.9}}\n")
+    file = {"vase": {"classifier": {"lr": "fast"}}, "device": "gpu"}
+    line = {"device": "tpu", "set": "vase.classifier.gamma=x busi.split.test=0.3"}
+    error = told(settings.merge(file, line), user, ("my.yaml", file), ("--config", line))
+    assert f"settings from {user}: vase.classifier.epochs = 'many'" in error.message
+    assert "settings from my.yaml: vase.classifier.lr = 'fast'" in error.message
+    assert "settings from --config: device = 'tpu'" in error.message
+    assert "settings from --config set=...: vase.classifier.gamma = 'x'" in error.message
+    assert f"settings from {user} and --config set=...: busi.split = " in error.message, "two gave shares of one split"
+
+
+def test_origins_that_do_not_make_up_what_was_given_are_not_named(tmp_path):
+    """As where another workflow gives a part of its own configuration."""
+    wrong = {"vase": {"classifier": {"lr": "fast"}}}
+    error = told(wrong, tmp_path / "none.yaml", ("outer.yaml", {"kiln": wrong}))
+    assert error.message.startswith("settings from --configfile or --config: vase.classifier.lr")
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({"device": "gpu"}, 'device: text; default "auto"; auto, cpu or cuda:N, for every step with a model'),
+        ({"vase": {"classifier": {"epochs": 0}}}, "vase.classifier.epochs: whole number, > 0; default 200; passes"),
+        ({"vase": {"classifier": {"dropout": [0.1]}}}, "vase.classifier.dropout: list of 2: number; default ["),
+        ({"resources": {"light": {"gpu": -1}}}, "resources.light.gpu: whole number, ≥ 0; default 0; GPUs of a node"),
+        ({"vase": 3}, "config/default.yaml lists every key with its default"),
+        ({"busi": {"split": {"train": 0.9}}}, "config/default.yaml lists every key with its default"),
+    ],
+)
+def test_the_hint_of_a_bad_value_says_what_is_allowed_and_the_default(tmp_path, given, hint):
+    assert told(given, tmp_path / "none.yaml").hint.startswith(hint)
+
+
+def test_keys_without_a_default_or_a_meaning_have_their_type(tmp_path):
+    class Required(Settings):
+        name: str
+        watch: Watch | None = None
+
+    assert fails(Required, {"name": 3}).hint == "name: text"
+    assert fails(Required, {"name": "x", "watch": {"url": 3}}).hint == "watch: {url: text} or null; default null"
+
+
 def test_settings_cannot_change():
     with pytest.raises(ValidationError):
         Section().optimiser.lr = 2.0

@@ -14,6 +14,7 @@ from scripts.common.errors import KilnError
 
 LOCK_FOLDER = ".snakemake/controller"
 PROFILE = "slurm/config.yaml (or in the profile that you gave)"
+EXAMPLE_ACCOUNT = "ml"  # of slurm/config.yaml as it comes
 
 
 @contextlib.contextmanager
@@ -49,15 +50,8 @@ def check_profile(account: str | int | None, partitions: Iterable[str], where: P
     Raises:
         KilnError: the value is wrong; what there is instead is named.
     """
-    named = str(account or "").replace(",", " ").split()
-    known = slurm.accounts(getpass.getuser()) if named else []
-    for name in named:
-        # sacctmgr first, as Snakemake: where accounts are not enforced, sbatch takes any name.
-        if name.lower() not in map(str.lower, known) if known else slurm.refused(name, None) == "account":
-            raise KilnError(
-                f"slurm_account = {name}: Slurm knows no such account of yours",
-                f"set `slurm_account` under `default-resources` in {where}; " + _there_are("accounts", known),
-            )
+    named = _names(account)
+    check_account(account, where)
     for partition in partitions:
         for name in named or [None]:
             wrong = slurm.refused(name, partition)
@@ -71,6 +65,41 @@ def check_profile(account: str | int | None, partitions: Iterable[str], where: P
                     f"partition {partition}: not open to the account {name}",
                     f"set both in {where}; " + _there_are("partitions", slurm.partitions()),
                 )
+
+
+def check_account(account: str | int | None, where: Path | str = PROFILE) -> None:
+    """Stop if Slurm knows not `account`; a comma parts several.
+
+    Raises:
+        KilnError: the value is wrong; what there is instead is named.
+    """
+    named = _names(account)
+    known = slurm.accounts(getpass.getuser()) if named else []
+    for name in named:
+        # sacctmgr first, as Snakemake: where accounts are not enforced, sbatch takes any name.
+        if name.lower() not in map(str.lower, known) if known else slurm.refused(name, None) == "account":
+            raise KilnError(
+                f"slurm_account = {name}: Slurm knows no such account of yours",
+                f"set `slurm_account` under `default-resources` in {where}; " + _there_are("accounts", known),
+            )
+
+
+def advise_on_account(account: str | None, say: Callable[[str], None], where: Path | str = PROFILE) -> None:
+    """Say what `check_account` says; and, where Slurm cannot be asked, that the account is still the example."""
+    try:
+        check_account(account, where)
+    except KilnError as error:
+        say(str(error))
+        return
+    if EXAMPLE_ACCOUNT in _names(account) and not slurm.accounts(getpass.getuser()):
+        say(
+            f"slurm_account = {account} is the example of slurm/config.yaml, and Slurm cannot be asked about it here\n"
+            f"Hint: set `slurm_account` under `default-resources` in {where}, before a run is sent to Slurm"
+        )
+
+
+def _names(account: str | int | None) -> list[str]:
+    return str(account or "").replace(",", " ").split()
 
 
 def _there_are(what: str, names: list[str]) -> str:

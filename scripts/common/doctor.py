@@ -16,7 +16,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ MIN_DRIVER = 580  # the locked torch is built for CUDA 13, whose toolkit ships w
 MIN_CONDA = (24, 7, 1)  # Snakemake 9 refuses older ones
 LOW_DISK_GB = 20
 HUB_SECONDS = 4.0
+RULES_SHOWN = 6
 
 
 class Line(NamedTuple):
@@ -153,6 +154,44 @@ def gpus() -> Iterator[Line]:
             yield Line(WARN, "GPU", "none: everything runs on the CPU, which is enough for the demo")
     except pynvml.NVMLError as error:
         yield Line(WARN, "GPU", f"the driver answers with an error ({error})")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def advise_on_gpus(rules: Sequence[str], device: str, say: Callable[[str], None]) -> None:
+    """Say so if `rules`, most telling ones first, ask for a GPU, and steps on this machine would see none.
+
+    Args:
+        device: as the configuration has it.
+    """
+    if not rules or sees_gpu():
+        return
+    shown = ", ".join(rules[:RULES_SHOWN]) + (f" and {len(rules) - RULES_SHOWN} more" * (len(rules) > RULES_SHOWN))
+    would = "run on its CPU, many times slower" if device == "auto" else f"fail, for device = {device}"
+    say(
+        f"no GPU is seen on this machine: {shown} ask for one, and would {would}\n"
+        "Hint: run where GPUs are, as by `--profile slurm` on a cluster; if its CPU is meant, set device=cpu "
+        "(config/demo.yaml is of a size for that); `make doctor` says what this machine has"
+    )
+
+
+def sees_gpu() -> bool:
+    """Whether a step on this machine would see an NVIDIA GPU; true as well where that cannot be told."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None and listed.strip() in ("", "-1", "NoDevFiles"):
+        return False
+    try:
+        import pynvml
+    except ImportError:
+        return True
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    try:
+        return pynvml.nvmlDeviceGetCount() > 0
+    except pynvml.NVMLError:
+        return True
     finally:
         pynvml.nvmlShutdown()
 

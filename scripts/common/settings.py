@@ -8,13 +8,14 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from scripts.common import keys
 from scripts.common.errors import KilnError
 
 
@@ -30,6 +31,7 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+Location = tuple[str | int, ...]  # of a value, as pydantic names it
 SECRETS = ("hf_token", "token", "huggingface_token", "api_key")  # keys that have no place in a configuration
 
 
@@ -113,17 +115,22 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
+def validate(model: type[S], values: Mapping[str, Any], source: str | Callable[[Location], str]) -> S:
     """`values` as a `model`.
 
+    Args:
+        source: where the values come from; or a function that says it of the value at a place.
+
     Raises:
-        KilnError: names each bad key, what was allowed, and the nearest spelling.
+        KilnError: names each bad key with its source, what is allowed, and the default or the nearest spelling.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines, hints = [], []
+        told: dict[str, list[str]] = {}
+        hints = []
         for one in error.errors():
+            lines = told.setdefault(source if isinstance(source, str) else source(one["loc"]), [])
             key = ".".join(str(part) for part in one["loc"])
             if one["type"] == "extra_forbidden":
                 place, name = _model_at(model, one["loc"][:-1]), str(one["loc"][-1])
@@ -138,8 +145,10 @@ def validate(model: type[S], values: Mapping[str, Any], source: str) -> S:
                     hints.append(f"did you mean {full!r}?")
             else:
                 lines.append(_sentence(key or "settings", one))
-        message = f"settings from {source}: " + "; ".join(lines)
-        raise KilnError(message, " ".join(hints) or "config/default.yaml lists every key with its default") from None
+                hints.append(keys.about(model, one["loc"]))
+        message = "; ".join(f"settings from {name}: {'; '.join(lines)}" for name, lines in told.items())
+        hint = "\n      ".join(dict.fromkeys(filter(None, hints)))  # below each other, after `Hint: `
+        raise KilnError(message, hint or "config/default.yaml lists every key with its default") from None
 
 
 _KINDS = {  # of pydantic's errors, in YAML's words
@@ -158,7 +167,8 @@ def _sentence(key: str, error: Mapping[str, Any]) -> str:
     if kind == "value_error":
         said = str(error["ctx"]["error"])
     else:
-        said = f"expected {_KINDS[kind]}" if kind in _KINDS else said.replace("Input should be", "expected")
+        said = said.replace("Input should be", "expected").replace("String should match", "expected a text of the")
+        said = f"expected {_KINDS[kind]}" if kind in _KINDS else said
     return f"{key} = {error['input']!r}: {said}"
 
 
