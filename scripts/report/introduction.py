@@ -9,24 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.artefacts import git_commit
+from scripts.report.drawn import uses_drawn_data
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWN = (
     "Its data are drawn, its models tiny: the numbers show that every step runs; they compare with no published one."
 )
 INDEX = "index.html"
-
-
-def uses_drawn_data(config: Any) -> bool:
-    """Whether a resolved configuration has a value below the demo's own folder, {results}/demo/."""
-    drawn = f"{config['results']}/demo/"
-    todo = [config]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str) and value.startswith(drawn):
-            return True
-        todo += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    return False
 
 
 def introduction(config: Mapping[str, Any], configfiles: Sequence[Path], argv: Sequence[str]) -> str:
@@ -42,7 +31,7 @@ def introduction(config: Mapping[str, Any], configfiles: Sequence[Path], argv: S
     again = shlex.join(["snakemake", *argv[1:]])
     folder = os.path.relpath(results, ROOT) if here == ROOT else str(results.absolute())
     files = ", ".join(f"`{os.path.relpath(file, here)}`" for file in configfiles) or "the defaults"
-    code, when = git_commit() or "of no commit", time.strftime("%Y-%m-%d at %H:%M")
+    code, when = git_commit() or "of no git repository", time.strftime("%Y-%m-%d at %H:%M")
     page = f"[{INDEX}]({INDEX}): the numbers with their baselines, pictures, time and memory"
     if not (results / INDEX).is_file():
         page = "not made yet; the target `report` makes it"

@@ -22,7 +22,6 @@ from scripts.common.errors import KilnError
 from scripts.report.drawn import uses_drawn_data
 from scripts.report.fonts import embedded_face
 from scripts.report.headlines import verdict
-from scripts.report.introduction import uses_drawn_data
 from scripts.report.jobs import record_files
 from scripts.report.overview import main_metric
 from scripts.report.pictures import Kind, Picture, by_kind, find_pictures
