@@ -37,15 +37,10 @@ BIOMEDICA_TRAINED = {
 BIOMEDICA_TRAIN_CLASS = "network" if BIOMEDICA_REPO else CONFIG.biomedica.resources
 BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
 BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_SEEDS else ()))
+BIOMEDICA_LOOK = functools.partial(
+    layouts.require_shards, default=kiln_config.Config().biomedica.shards, say=logger.warning
+)
 BIOMEDICA_DEMO = bool(served(BIOMEDICA_SHARDS, "any"))
-
-
-def biomedica_shards(folder, found):
-    """Stop the workflow where the user's folder is missing; warn where all is streamed though a folder is set."""
-    default = kiln_config.Config().biomedica.shards
-    warning = layouts.require_shards(folder, sum(found.tops.values()), default)
-    if warning:
-        logger.warning(warning)
 
 
 rule biomedica_index_local:
@@ -73,7 +68,7 @@ rule biomedica_index_local:
         execution=outside(execution(index="biomedica.index")),
         settings=numerics(index="biomedica.index", held_out="biomedica.held_out"),
         code=code_key("scripts.biomedica.index_local"),
-        files=folder_digest(BIOMEDICA_SHARDS, (".tar",), may_be_empty=True, look=biomedica_shards),
+        files=folder_digest(BIOMEDICA_SHARDS, (".tar",), may_be_empty=True, look=BIOMEDICA_LOOK),
         folder=subpath(output.index, parent=True),
     message:
         "Index the local shards"

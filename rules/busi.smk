@@ -52,11 +52,7 @@ BUSI_CARD = model_card_options(CONFIG.busi.base.model) + (
     " --demo" if CONFIG.busi.images.startswith(f"{RESULTS}/demo/") else ""
 )
 BUSI_CLASSES = " ".join(map(shlex.quote, CONFIG.busi.list.classes))
-
-
-def busi_classes(folder, found):
-    """Stop the workflow where a class folder is missing."""
-    layouts.require_classes(folder, found.tops, CONFIG.busi.list.classes, "busi.list.classes")
+BUSI_LOOK = functools.partial(layouts.require_classes, classes=CONFIG.busi.list.classes, key="busi.list.classes")
 
 
 rule busi_list_images:
@@ -82,7 +78,7 @@ rule busi_list_images:
         images=outside(CONFIG.busi.images),
         settings=numerics("busi.list"),
         code=code_key("scripts.busi.list_images"),
-        files=folder_digest(CONFIG.busi.images, look=busi_classes),
+        files=folder_digest(CONFIG.busi.images, look=BUSI_LOOK),
         folder=subpath(output.meta, parent=True),
     message:
         "List the ultrasound images and their masks"

@@ -425,7 +425,7 @@ def _folder_facts(folder, extensions, may_be_empty):
 def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False, look=None):
     """A params function: digest of names, sizes and mtimes of a folder's images, or of its files with other endings.
 
-    `look` gets the folder and its facts, and may refuse them before any job.
+    `look` gets the folder and how many files lie below each of its own, and may refuse them before any job.
     """
 
     def digest(wildcards):
@@ -433,7 +433,7 @@ def folder_digest(folder, extensions=EXTENSIONS, may_be_empty=False, look=None):
             return None
         found = folder_facts(folder, extensions, may_be_empty)
         if look and workflow.is_main_process:
-            of_folder(folder, look, Path(folder), found)
+            of_folder(folder, look, Path(folder), found.tops)
         return found.digest
 
     return once_drawn(folder, digest)

@@ -58,32 +58,21 @@ RAE_PUBLISHED_ENCODER = "|".join(name for name, one in RAE_PUBLISHED.items() if 
 RAE_DEMO = "--demo" if CONFIG.rae.images.startswith(f"{DEMO}/") else ""
 RAE_IN_FOLDERS = CONFIG.rae.dataset.source == "folders"
 RAE_IMAGES = CONFIG.rae.images
-RAE_SOURCE = sorted(map(str, Path(RAE_IMAGES).glob("*/state.json")))
+RAE_SOURCE = lambda wildcards: or_stop(of_folder, RAE_IMAGES, layouts.arrow_splits, Path(RAE_IMAGES))
 if CONFIG.rae.dataset.source == "hub":
     RAE_IMAGES = f"{CONFIG.datasets}/{CONFIG.rae.dataset.repo}"
     RAE_SOURCE = [f"{RAE_IMAGES}/files.json"]
+RAE_LOOK = functools.partial(layouts.require_class_folders, train_split=CONFIG.rae.dataset.train_split)
 RAE_FACTS = once_drawn(RAE_IMAGES, lambda w: folder_facts(RAE_IMAGES)) if RAE_IN_FOLDERS else None
 RAE_BYTES = functools.partial(needs.rae_bytes, CONFIG, RAE_IMAGES, RAE_FACTS)
 RAE_PICTURES = functools.partial(needs.rae_pictures, CONFIG, RAE_FACTS)
-
-
-def rae_classes(folder, found):
-    """Stop the workflow where there are no class folders."""
-    layouts.require_class_folders(folder, CONFIG.rae.dataset.train_split)
-
-
-def rae_source(wildcards):
-    """What an Arrow dataset is built from where it is no folder of images; an Arrow folder must be there."""
-    if CONFIG.rae.dataset.source == "arrow" and workflow.is_main_process:
-        or_stop(of_folder, RAE_IMAGES, layouts.require_arrow, Path(RAE_IMAGES))
-    return [] if RAE_IN_FOLDERS else RAE_SOURCE
 
 
 rule rae_build_arrow:
     input:
         images=drawn(CONFIG.rae.images),
         labels=optional_table(CONFIG.rae.dataset.labels),
-        source=rae_source,
+        source=[] if RAE_IN_FOLDERS else RAE_SOURCE,
     output:
         listing=f"{RAE}/build_arrow/dataset/files.json",
         quarantine=f"{RAE}/build_arrow/quarantine.tsv",
@@ -106,7 +95,7 @@ rule rae_build_arrow:
         state=outside(f"{STATE}/rae/build_arrow"),
         settings=lambda wildcards: numerics("rae.dataset"),  # it holds {split}, which is no wildcard
         code=code_key("scripts.rae.build_arrow"),
-        files=folder_digest(RAE_IMAGES, look=rae_classes) if RAE_IN_FOLDERS else [],
+        files=folder_digest(RAE_IMAGES, look=RAE_LOOK) if RAE_IN_FOLDERS else [],
         folder=subpath(output.meta, parent=True),
     message:
         "Build the Arrow dataset"

@@ -30,13 +30,9 @@ threshold, accept, select, audit, evaluate. What leads to the classifier has pri
 VASE = f"{RESULTS}/vase"
 VASE_RUNS = Runs("vase")
 VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard, f"{VASE}/inspect_images")
+VASE_LOOK = functools.partial(layouts.require_classes, classes=("0", "1"))
 VASE_BACKBONES = {name: one.vase.classifier.weights for name, one in VASE_RUNS.configs.items()}
 VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")
-
-
-def vase_classes(folder, found):
-    """Stop the workflow where a class folder of the labelled images is missing."""
-    layouts.require_classes(folder, found.tops, ("0", "1"))
 
 
 rule vase_inspect_images:
@@ -139,7 +135,7 @@ rule vase_list_labelled:
         images=outside(CONFIG.vase.labelled),
         settings=numerics(inspect="vase.inspect", list="vase.list"),
         code=code_key("scripts.vase.list_labelled"),
-        files=folder_digest(CONFIG.vase.labelled, look=vase_classes),
+        files=folder_digest(CONFIG.vase.labelled, look=VASE_LOOK),
         folder=subpath(output.meta, parent=True),
     message:
         "List the labelled images"

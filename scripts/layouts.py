@@ -4,7 +4,7 @@ The steps look again, at every file, as the user may call them by hand.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from scripts.common.errors import KilnError
@@ -86,8 +86,11 @@ def _mend(folder: Path, found: Sequence[str], missing: Sequence[str], classes: S
     return f"add a folder with images for {', '.join(missing)}{own}"
 
 
-def require_class_folders(folder: Path, train_split: str) -> None:
+def require_class_folders(folder: Path, tops: Iterable[str], train_split: str) -> None:
     """Refuse a folder for `rae` without a folder for each class.
+
+    Args:
+        tops: of `require_classes`; not looked at.
 
     Raises:
         KilnError: neither its folder of training images nor it itself holds folders.
@@ -100,32 +103,36 @@ def require_class_folders(folder: Path, train_split: str) -> None:
         )  # fmt: skip
 
 
-def require_arrow(folder: Path) -> None:
-    """Refuse a folder that `datasets.load_from_disk` did not write with splits.
+def arrow_splits(folder: Path) -> list[str]:
+    """state.json of each split of what `DatasetDict.save_to_disk` wrote.
 
     Raises:
-        KilnError: there is no state.json of a split in it.
+        KilnError: there is none.
     """
+    found = sorted(map(str, folder.glob("*/state.json")))
     if not folder.is_dir():
         raise KilnError(f"{folder}: no such folder", "give an Arrow folder")
-    if not any(folder.glob("*/state.json")):
+    if not found:
         raise KilnError(
             f"{folder}: no Arrow data set: no */state.json",
             "give what DatasetDict.save_to_disk wrote, with a folder for each split; for folders of images set "
             "rae.dataset.source to folders",
         )
+    return found
 
 
-def require_shards(folder: Path, count: int, default: str) -> str:
-    """A line to warn with where all will be streamed since there are no shards; empty where there are `count` of them.
+def require_shards(folder: Path, tops: Mapping[str, int], default: str, say: Callable[[str], None]) -> None:
+    """Say that all will be streamed where there are no shards, or refuse that.
+
+    Args:
+        tops: {folder: shards in it}.
+        say: gets the line.
 
     Raises:
         KilnError: the folder is not there, although the user named it: it is not the default.
     """
-    if count:
-        return ""
-    if not folder.is_dir() and str(folder) != default:
+    there = folder.is_dir()
+    if not there and str(folder) != default:
         raise KilnError(f"{folder}: no such folder", "give a folder")
-    return (
-        f"{folder}: {'no .tar in it' if folder.is_dir() else 'no such folder'} (biomedica.shards), so all is streamed"
-    )
+    if not tops:
+        say(f"{folder}: {'no .tar in it' if there else 'no such folder'} (biomedica.shards), so all is streamed")

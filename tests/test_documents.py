@@ -63,7 +63,7 @@ def blocks(path: Path) -> list[Block]:
 BLOCKS = [block for path in DOCUMENTS for block in blocks(path)]
 
 STAND_IN = """#!/usr/bin/env bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\036'; } >> "$CALLS"
+printf '%s\\0' "${0##*/}" "$@" $'\\036' >> "$CALLS"  # at once: the parts of a pipe write side by side
 [ "${0##*/}" != git ] || ln -sfn . kiln  # a clone is this very folder
 """
 
@@ -94,7 +94,7 @@ def calls(block: Block, folder: Path) -> list[Call]:
         env={"PATH": f"{folder / 'bin'}:{folder / 'own'}", "CALLS": str(written)},
     )  # fmt: skip
     assert done.returncode == 0, f"{block.place}: {done.stderr}"
-    each = written.read_text().split("\036")[:-1] if written.exists() else []
+    each = written.read_text().split("\036\0")[:-1] if written.exists() else []
     found = [one.split("\0")[:-1] for one in each]
     return [Call(block.place, program, tuple(rest)) for program, *rest in found if program in OURS]
 
