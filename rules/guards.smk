@@ -216,7 +216,7 @@ def key_environments():
 def show_job_lines():
     """Have the terminal show a line for each finished job of a run on this machine; steps' words go to their logs."""
     here = lambda: workflow.local_exec and not workflow.touch
-    lines = job_lines.show(logger, workflow.output_settings, lambda: len(workflow.dag), here)
+    lines = job_lines.show(logger, workflow.output_settings, lambda: len(workflow.dag), here, Path(RESULTS))
 
     def be_calm():
         if here():

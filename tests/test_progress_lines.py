@@ -1,5 +1,6 @@
 """The terminal: a line for each finished job, errors whole, and Snakemake's own words for whoever asks for them."""
 
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snakemake.settings.types import OutputSettings
 
-from scripts.common import job_lines, progress
+from scripts.common import heartbeat, job_lines, progress
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/demo/draw_digits/files.json"
@@ -123,10 +124,10 @@ def test_a_failing_job_shows_its_error_and_the_end_of_its_log(run, tmp_path_fact
 class Stream:
     """Lines as the terminal would show them."""
 
-    def __init__(self, applies: bool = True, total: int = 12) -> None:
+    def __init__(self, applies: bool = True, total: int = 12, results: Path = Path("results")) -> None:
         self.shown: list[str] = []
         inner = logging.Formatter("inner %(message)s")
-        self.lines = job_lines.Lines(inner, lambda: total, lambda: applies)
+        self.lines = job_lines.Lines(inner, lambda: total, lambda: applies, results)
 
     def say(self, message: object, level: int = logging.INFO, **facts) -> None:
         record = logging.makeLogRecord({"msg": message, "levelno": level, "levelname": "", **facts})
@@ -216,6 +217,32 @@ def test_jobs_that_take_long_are_named_until_they_end(monkeypatch, tmp_path):
     assert stream.lines.running() == ""
 
 
+def test_a_training_is_told_by_its_heartbeat(tmp_path):
+    """Its log has a line for each epoch, which may take hours."""
+    stream = Stream(results=tmp_path)
+    state = tmp_path / "state/rae/train_autoencoder/main/dinov2"
+    log = tmp_path / "logs/rae/train_autoencoder/main/dinov2.log"
+    for folder in (state / "key", state / "earlier", log.parent):
+        folder.mkdir(parents=True)
+    heart = heartbeat.Heartbeat(state / "earlier", 7, 9)
+    heart.write()
+    begun = json.loads((state / "earlier/heartbeat.json").read_text())["updated"] + 1e-3
+    stream.say("", event="job_info", created=begun, jobid=1, rule_name="rae_train", output=[], log=[str(log)])
+    while time.time() <= begun:
+        time.sleep(1e-3)
+    assert re.fullmatch(r"rae_train \(\d+ s\)", stream.lines.running()), "that heartbeat is of an earlier attempt"
+    heart = heartbeat.Heartbeat(state / "key", 1200, 24000)
+    heart.write()
+    assert re.fullmatch(r"rae_train \(\d+ s, step 1,200 of 24,000\)", stream.lines.running())
+    heart.turn("evaluating")
+    told = json.loads((state / "key/heartbeat.json").read_text()) | {"eta_seconds": 7500}
+    (state / "key/heartbeat.json").write_text(json.dumps(told))
+    assert re.fullmatch(r"rae_train \(\d+ s, step 1,200 of 24,000, 2h 05m left, evaluating\)", stream.lines.running())
+    for text in ("", "[]", "{}"):
+        (state / "key/heartbeat.json").write_text(text)
+        assert re.fullmatch(r"rae_train \(\d+ s\)", stream.lines.running())
+
+
 @given(st.floats(0, 1e6))
 @settings(deadline=None)
 def test_durations_are_short_and_do_not_shrink(seconds):
@@ -232,11 +259,11 @@ def test_the_terminal_handler_is_changed_where_nothing_else_is_asked_for(asked):
     """Without that handler, as where a logger plugin writes to the terminal, nothing is changed either."""
     logger, handler, formatter = logging.Logger("probe"), logging.StreamHandler(), logging.Formatter()
     settings = OutputSettings(**asked)
-    assert job_lines.show(logger, settings, lambda: 0, lambda: True) is None
+    assert job_lines.show(logger, settings, lambda: 0, lambda: True, Path()) is None
     handler.name = job_lines.STREAM
     handler.setFormatter(formatter)
     logger.addHandler(handler)
-    shown = job_lines.show(logger, settings, lambda: 0, lambda: True)
+    shown = job_lines.show(logger, settings, lambda: 0, lambda: True, Path())
     assert (handler.formatter is formatter) == (shown is None) == bool(asked)
 
 

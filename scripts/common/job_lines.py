@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.common import progress
+from scripts.common import heartbeat, progress, status
 from scripts.common.artefacts import read_json
 
 STREAM = "DefaultStreamHandler"  # Snakemake's name of its terminal handler; a plugin that writes there replaces it
@@ -45,10 +45,14 @@ class Lines(logging.Formatter):
         inner: words what is not a job that begins or ends, such as errors.
         total: number of jobs of this run, which may grow.
         applies: whether this run is one to be calm about; else everything is left as it is.
+        results: folder of logs/ and state/, where a training's heartbeats lie as its log does.
     """
 
-    def __init__(self, inner: logging.Formatter, total: Callable[[], int], applies: Callable[[], bool]) -> None:
+    def __init__(
+        self, inner: logging.Formatter, total: Callable[[], int], applies: Callable[[], bool], results: Path
+    ) -> None:
         super().__init__()
+        self._results = results
         self._inner, self._total, self._applies = inner, total, applies
         self._running: dict[int, tuple[float, dict[str, Any]]] = {}
         self._done = 0
@@ -95,9 +99,14 @@ class Lines(logging.Formatter):
         return f"{line} -> see {logs}" if logs else line
 
     def running(self) -> str:
-        """The jobs that run, each with its duration and how far its log says it is."""
+        """The jobs that run, each with its duration and how far its log or heartbeat says it is."""
         now, jobs = time.time(), list(self._running.values())
-        return ", ".join(f"{facts['rule_name']} ({_so_far(now - started, facts)})" for started, facts in jobs)
+        return ", ".join(f"{facts['rule_name']} ({self._so_far(started, now, facts)})" for started, facts in jobs)
+
+    def _so_far(self, started: float, now: float, facts: dict[str, Any]) -> str:
+        logs = [Path(path) for path in facts.get("log") or []]
+        told = [_trained(self._results, path, started) or progress.last(path) for path in logs]
+        return ", ".join([duration(now - started), *filter(None, told)])
 
     def name_running(self, say: Callable[[str], None]) -> None:
         """Never return, and name the running jobs after each silence; for a daemon thread."""
@@ -116,9 +125,17 @@ def _what(facts: dict[str, Any], record: logging.LogRecord) -> str:
     return f"{name}: {facts['rule_msg']}" if facts.get("rule_msg") else name
 
 
-def _so_far(seconds: float, facts: dict[str, Any]) -> str:
-    told = (progress.last(Path(path)) for path in facts.get("log") or [])
-    return ", ".join([duration(seconds), *filter(None, told)])
+def _trained(results: Path, log: Path, since: float) -> str:
+    """How far the training of a log is, by its newest heartbeat, if that is not older than `since`; else empty."""
+    try:
+        state = results / "state" / log.relative_to(results / "logs").with_suffix("")
+        found = [read_json(path) for path in state.glob(f"*/{heartbeat.NAME}")]
+        told = max((one for one in found if one["updated"] >= since), key=lambda one: one["updated"])
+        steps = f"step {told['step']:,}" + (f" of {told['steps']:,}" if told["steps"] else "")
+        left = f"{status.duration(told['eta_seconds'])} left" if told["eta_seconds"] else ""
+        return ", ".join(filter(None, [steps, left, told["phase"] if told["phase"] != "training" else ""]))
+    except Exception:  # no training, one that has not begun or was just over, or a file of another form
+        return ""
 
 
 def _event(record: logging.LogRecord) -> str:
@@ -174,7 +191,9 @@ def _left_out(summary: dict) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
-def show(logger: logging.Logger, settings: Any, total: Callable[[], int], applies: Callable[[], bool]) -> Lines | None:
+def show(
+    logger: logging.Logger, settings: Any, total: Callable[[], int], applies: Callable[[], bool], results: Path
+) -> Lines | None:
     """Have Snakemake's terminal handler show `Lines`.
 
     Nothing is done, and None returned, if the user asked for another amount (`--quiet`, `--verbose`,
@@ -187,7 +206,7 @@ def show(logger: logging.Logger, settings: Any, total: Callable[[], int], applie
     asked = (settings.quiet, settings.verbose, settings.printshellcmds, settings.debug_dag, settings.dryrun)
     if handler is None or handler.formatter is None or any(asked):
         return None
-    lines = Lines(handler.formatter, total, applies)
+    lines = Lines(handler.formatter, total, applies, results)
     handler.addFilter(lines.filter)
     handler.setFormatter(lines)
     return lines
