@@ -89,7 +89,8 @@ def digits(value: float | None, unit: str = "") -> str:
     """A number of the pages: four digits, and its unit where that is not plain."""
     if value is None:
         return ""
-    return f"{value:.4g}{' dB' if unit == 'dB' else ''}"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{text}{' dB' if unit == 'dB' else ''}"
 
 
 def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from PIL import Image
 from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.fonts import embedded_face
-from scripts.report.headlines import beats
+from scripts.report.headlines import beats, digits
 from scripts.report.jobs import record_files
 from scripts.report.pictures import Picture, find_pictures
 
@@ -168,7 +168,7 @@ def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     made.lstrip_blocks = True
-    made.globals |= {"bar": bar, "beats": beats, "embedded": embedded, "form": form}
+    made.globals |= {"bar": bar, "beats": beats, "digits": digits, "embedded": embedded, "form": form}
     return made.get_template("index.html.jinja")
 
 
