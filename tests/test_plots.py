@@ -51,7 +51,8 @@ def _reliability(path):
 
 
 def _intervals(path):
-    plots.intervals(path, {CHINESE: (0.7, (0.6, 0.8)), "one group": (1.0, None)}, "accuracy", CHINESE, {"chance": 0.5})
+    rows = {CHINESE: (0.7, (0.6, 0.8)), "one group": (1.0, None)}
+    plots.intervals(path, {CHINESE: rows, "b": rows}, "accuracy", CHINESE, {"chance": 0.5}, baselines=["one group"])
 
 
 def _heat_map(path):
@@ -173,6 +174,7 @@ def test_captions_stay_in_their_box(text, width, lines):
         lambda p: plots.reliability(p, {}, "t"),
         lambda p: plots.reliability(p, {"a": ([{"n": 0}], 0.0)}, "t"),
         lambda p: plots.intervals(p, {}, "x", "t"),
+        lambda p: plots.intervals(p, {"a": {}}, "x", "t"),
         lambda p: plots.heat_map(p, [[1, 2]], "t", "x", "y"),
         lambda p: plots.heat_map(p, [[1, float("nan")], [1, 2]], "t", "x", "y"),
         lambda p: plots.heat_map(p, [[1, 0], [1, 2]], "t", "x", "y", ["a"]),
@@ -196,6 +198,41 @@ def test_odd_data_are_drawn(tmp_path):
     sheets.contact_sheet(tmp_path / "f.png", [], "nothing")
     plots.heat_map(tmp_path / "g.png", [[1.0]], "one", "x", "y")
     assert len(list(tmp_path.glob("*.png"))) == 7
+
+
+@given(
+    st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=80), st.lists(st.floats(-2, 2, width=32), max_size=2),
+    st.booleans(),
+)  # fmt: skip
+@settings(deadline=None)
+def test_no_bar_of_a_histogram_reaches_over_a_mark(values, marks, of_the_values):
+    values = np.asarray(values)
+    marks = [float(values[0]), *marks] if of_the_values else marks
+    edges = plots._bin_edges(values, marks)
+    counts = np.histogram(values, edges)[0]
+    assert counts.sum() == len(values) and len(edges) <= 70
+    for mark in marks:
+        assert counts[edges[:-1] < mark].sum() == (values < mark).sum()
+
+
+def test_a_name_has_one_colour_in_all_groups_and_a_baseline_is_hollow(tmp_path):
+    def colours(path):
+        return {colour for _, colour in Image.open(path).convert("RGB").getcolors(100_000)}
+
+    groups = {"a": {"model": (0.7, (0.6, 0.8)), "chance": (0.5, None)}, "b": {"model": (0.2, None)}}
+    plots.intervals(tmp_path / "a.png", groups, "x", "t", baselines=["chance"])
+    plots.intervals(tmp_path / "b.png", groups, "x", "t")
+    first, second, third = (tuple(bytes.fromhex(colour[1:])) for colour in plots.PALETTE[:3])
+    assert {first, second} <= colours(tmp_path / "a.png") and third not in colours(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_each_group_has_room_for_its_heading(tmp_path):
+    rows = {str(i): (0.1 * i, None) for i in range(6)}
+    for name, groups in {"one": {"": rows}, "two": {"a": rows, "b": rows}}.items():
+        plots.intervals(tmp_path / f"{name}.png", groups, "x", "t")
+    heights = [Image.open(tmp_path / f"{name}.png").height for name in ("one", "two")]
+    assert heights[1] > heights[0] + 0.31 * plots.DPI * (6 + 2)
 
 
 def test_unknown_mark_is_refused(tmp_path):

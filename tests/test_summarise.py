@@ -10,7 +10,7 @@ from scripts import config
 from scripts.common import prune
 from scripts.common.errors import KilnError
 from scripts.report import summarise
-from scripts.report.headlines import headlines
+from scripts.report.headlines import digits, headlines
 
 ONE = {"value": 0.5, "baseline": 0.25, "baseline_kind": "chance", "ci95": [0.4, 0.6], "higher_is_better": True, "n": 7}
 FEW = {**ONE, "ci95": None, "reason": "one patient: no interval"}
@@ -60,6 +60,18 @@ def test_a_line_has_the_interval_or_says_why_there_is_none():
     with_interval, without = headlines({"coca": {"a": ONE, "b": FEW}})
     assert "0.500 [0.400, 0.600]  n = 7 " in with_interval and "chance: 0.250" in with_interval
     assert "0.500 (one patient: no interval)  n = 7 " in without
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "0.500"), (0.123456789, "0.123"), (0.0012345, "0.00123"), (1.0, "1.000"), (0.9996, "0.9996"),
+        (23.45678, "23.46"), (-0.0456, "-0.0456"), (123.456, "123.5"), (999.97, "1000"),
+        (12345.6, "12,346"), (0.0, "0"),
+    ],
+)  # fmt: skip
+def test_numbers_have_as_many_digits_as_one_reads(value, text):
+    assert digits(value) == text
 
 
 def test_every_pipeline_of_the_configuration_is_reported_on_and_pruned():

@@ -34,33 +34,32 @@ def draw_scores(path: Path, metrics: Mapping[str, Any]) -> None:
         k, reached = scores.HEADLINE_K, metrics["trivial"]["retrieval"]
         own, earlier = (one["retrieval"]["mean"][k] for one in (after, before))
         shown[f"R@{k}, mean of both"] = own, earlier, {"chance": own["baseline"], "trivial features": reached}
-    rows, groups = {}, {}
+    groups: dict[str, dict[str, tuple]] = {}
     for label, (own, earlier, floors) in shown.items():
-        for name, one in (("after", own), ("before", earlier)):
-            rows[f"{label}: {name}"], groups[f"{label}: {name}"] = (one["value"], one["ci95"]), name
-        for name, value in floors.items():
-            rows[f"{label}: {name}"], groups[f"{label}: {name}"] = (value, None), "floor"
+        groups[label] = {"after training": (own["value"], own["ci95"])}
+        groups[label]["before training"] = earlier["value"], earlier["ci95"]
+        groups[label] |= {name: (value, None) for name, value in floors.items()}
+    baselines = {name for rows in groups.values() for name in rows} - {"after training"}
     counts = metrics["data"]["test"]
     title = f"Test side: {counts['pairs']:,} figures of {counts['articles']:,} articles"
-    plots.intervals(path, rows, "score, 95 % interval over articles", title, groups=groups)
+    plots.intervals(path, groups, "score, 95 % interval over articles", title, baselines=baselines)
 
 
 def draw_runs(path: Path, runs: Mapping[str, Any]) -> None:
     """runs.png: recall of every run, and of both arms, with the interval of their difference."""
-    rows, groups = {}, {}
-    for seed, one in runs["per_seed"].items():
-        for arm in ARMS:
-            rows[f"seed {seed}: {arm}"], groups[f"seed {seed}: {arm}"] = (one[arm]["value"], one[arm]["ci95"]), arm
+    groups = {
+        f"seed {seed}": {arm: (one[arm]["value"], one[arm]["ci95"]) for arm in ARMS}
+        for seed, one in runs["per_seed"].items()
+    }
     mean = runs["mean"]
     interval = runs["ci95"] and [mean["local"] + bound for bound in runs["ci95"]]
-    rows["mean: hybrid"], groups["mean: hybrid"] = (mean["hybrid"], interval), "hybrid"
-    rows["mean: local"], groups["mean: local"] = (mean["local"], None), "local"
+    groups["mean of the seeds"] = {"hybrid": (mean["hybrid"], interval), "local": (mean["local"], None)}
     found = f"{runs['difference']:+.3f}"
     if runs["ci95"]:
         found += " [{:+.3f}, {:+.3f}]".format(*runs["ci95"])
     title = f"Hybrid minus local: {found} in recall at {runs['k']}, {runs['seeds']} seeds, {runs['steps']:,} steps each"
     label = f"recall at {runs['k']}, 95 % interval over articles; of the mean's difference, over articles and seeds"
-    plots.intervals(path, rows, label, title, floors={"mean: local": mean["local"]}, groups=groups)
+    plots.intervals(path, groups, label, title, floors={"mean of local": mean["local"]})
 
 
 def draw_confusion(path: Path, zero_shot: Mapping[str, Any]) -> None:

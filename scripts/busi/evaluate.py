@@ -235,25 +235,32 @@ def draw(folder: Path, metrics: dict) -> list[Path]:
     """confusion.png, calibration.png, scores.png; returns their paths."""
     made = [folder / f"{name}.png" for name in ("confusion", "calibration", "scores")]
     models, headline, leak = metrics["models"], metrics["headline"], metrics["leak"]
-    n = f"test side (n = {metrics['data']['test']['images']})"
+    images = metrics["data"]["test"]["images"]
+    n = f"test side (n = {images})"
     matrix = models[headline]["confusion_matrix"]
-    plots.confusion_matrix(made[0], matrix, metrics["classes"], f"{headline}, {n}")
+    plots.confusion_matrix(made[0], matrix, metrics["classes"], f"Confusion matrix of {headline}, {n}")
     shown = {}
     for name, label in ((headline, headline), (BASE, "base, zero-shot")):
         found = models[name]["calibration"]
         shown[label] = found["bins"], found["expected_calibration_error"]["value"]
     plots.reliability(made[1], shown, f"Can the probabilities be trusted? {n[0].upper()}{n[1:]}")
-    rows = {}
-    for name, report in models.items():
-        label = {BASE: "base, zero-shot", MAJORITY: "majority answer"}.get(name, name)
-        rows[label] = report["balanced_accuracy"]
-        for side, words in (("with_twin", "a"), ("without_twin", "no")):
-            part = leak.get("models", {}).get(name, {}).get(side, {"n": 0})
-            if part["n"]:
-                rows[f"{label}: {words} twin in train (n = {part['n']})"] = part["balanced_accuracy"]
-    points = {label: (entry["value"], entry["ci95"]) for label, entry in rows.items()}
+    names = {BASE: "base, zero-shot", MAJORITY: "majority answer"}
+    scored = {f"all images (n = {images})": models}
+    for side, words in (("with_twin", "a near-twin in train"), ("without_twin", "no near-twin in train")):
+        parts = {name: sides[side] for name, sides in leak.get("models", {}).items()}
+        n_of_side = next((part["n"] for part in parts.values()), 0)
+        if n_of_side:
+            scored[f"{words} (n = {n_of_side})"] = parts
+    groups = {
+        heading: {
+            names.get(name, name): (part["balanced_accuracy"]["value"], part["balanced_accuracy"]["ci95"])
+            for name, part in parts.items()
+        }
+        for heading, parts in scored.items()
+    }
     floors = {"chance": 1 / len(metrics["classes"]), "trivial features": metrics["trivial"]["balanced_accuracy"]}
-    plots.intervals(made[2], points, "balanced accuracy, 95 % interval", f"Balanced accuracy, {n}", floors)
+    label, title = "balanced accuracy, 95 % interval", "Balanced accuracy on the test side"
+    plots.intervals(made[2], groups, label, title, floors, list(names.values()))
     return made
 
 

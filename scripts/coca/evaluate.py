@@ -135,7 +135,7 @@ def side_counts(side: pd.DataFrame) -> dict[str, int]:
 
 
 def draw_scores(path: Path, metrics: Mapping[str, Any]) -> None:
-    """scores.png: every score with its interval, and below it the floor that it is compared with."""
+    """scores.png: every score with its interval, and below it the baseline that it is compared with."""
     retrieved, written = metrics["retrieval"], metrics["captions"]
     shown = {
         f"R@{k}, {words}": (one, 1)
@@ -148,15 +148,15 @@ def draw_scores(path: Path, metrics: Mapping[str, Any]) -> None:
         if key in metrics:
             floor = {"baseline": metrics[key]["most_frequent"], "baseline_kind": "most_frequent"}
             shown[f"{label}: accuracy"] = metrics[key]["accuracy"] | floor, 1
-    rows, groups = {}, {}
+    groups, baselines = {}, set()
     for label, (one, highest) in shown.items():
         interval = one["ci95"] and [bound / highest for bound in one["ci95"]]
-        rows[label], groups[label] = (one["value"] / highest, interval), "model"
-        floor = f"{label}: {one['baseline_kind'].replace('_', ' ')}"
-        rows[floor], groups[floor] = (one["baseline"] / highest, None), "floor"
+        baseline = one["baseline_kind"].replace("_", " ")
+        groups[label] = {"model": (one["value"] / highest, interval), baseline: (one["baseline"] / highest, None)}
+        baselines.add(baseline)
     counts = metrics["data"]["test"]
     title = f"Test side: {counts['slides']} slides of {counts['patients']} patients"
-    plots.intervals(path, rows, "score, 95 % interval over patients", title, groups=groups)
+    plots.intervals(path, groups, "score, 95 % interval over patients", title, baselines=baselines)
 
 
 def draw_similarity(

@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import logging
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -209,7 +209,7 @@ def heat_map(
 def distribution(
     path: Path, values: ArrayLike, title: str, xlabel: str, marks: Mapping[str, float] | None = None
 ) -> None:
-    """Histogram of (n,) finite values, with vertical lines at `marks` {label: x}.
+    """Histogram of (n,) finite values, with vertical lines at `marks` {label: x}; no bar reaches over a mark.
 
     Raises:
         KilnError: no values, or one that is not finite.
@@ -219,16 +219,32 @@ def distribution(
         raise KilnError(f"{path.name}: no values, or one that is not finite", "find out which item it is and why")
     with style():
         figure, axes = _axes(7.5, 4.2, f"{title}  (n = {len(values):,})")
-        edges = np.histogram_bin_edges(values, bins="auto")
-        if len(edges) > 61:  # a far outlier makes thousands of bins
-            edges = np.histogram_bin_edges(values, bins=60)
-        axes.hist(values, bins=edges, color=PALETTE[4], edgecolor="white", linewidth=0.6)
+        axes.hist(
+            values,
+            bins=_bin_edges(values, list((marks or {}).values())),
+            color=PALETTE[4],
+            edgecolor="white",
+            linewidth=0.6,
+        )
         for (label, x), colour in zip((marks or {}).items(), itertools.cycle((PALETTE[1], PALETTE[6], PALETTE[2]))):
             axes.axvline(x, color=colour, linestyle="--", label=f"{label}: {x:.4g}")
         axes.set(xlabel=xlabel, ylabel="items")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, len(marks or {}))
         save(figure, path)
+
+
+def _bin_edges(values: np.ndarray, marks: Sequence[float]) -> np.ndarray:
+    edges = np.histogram_bin_edges(values, bins="auto")
+    if len(edges) > 61:  # a far outlier makes thousands of bins
+        edges = np.histogram_bin_edges(values, bins=60)
+    low, high, width = edges[0], edges[-1], edges[1] - edges[0]
+    first = next((mark for mark in marks if low <= mark <= high), None)
+    if first is not None:  # the bins move to the first mark; a further one cuts the bin that it falls into
+        steps = np.arange(np.floor((low - first) / width), np.floor((high - first) / width) + 2)
+        edges = first + width * steps
+        edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
+    return np.union1d(edges, [mark for mark in marks if edges[0] < mark < edges[-1]])
 
 
 def funnel(path: Path, stages: Sequence[tuple[str, int]], title: str) -> None:
@@ -336,37 +352,67 @@ def reliability(path: Path, models: Mapping[str, tuple[Sequence[Mapping], float]
 
 def intervals(
     path: Path,
-    rows: Mapping[str, tuple[float, Sequence[float] | None]],
+    groups: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]],
     xlabel: str,
     title: str,
     floors: Mapping[str, float] | None = None,
-    groups: Mapping[str, str] | None = None,
+    baselines: Collection[str] = (),
 ) -> None:
-    """Scores {label: (value, (lo, hi) or None)} in [0, 1] as points with whiskers, and vertical `floors`.
+    """Scores {group: {name: (value, (lo, hi) or None)}} in [0, 1] as points with whiskers, and vertical `floors`.
 
-    `groups` {label: group} gives rows of one group one colour.
+    Rows of a group stand together below its heading (none where it is ""). A name has one colour in all groups; the
+    legend tells which. `baselines` are the names that are compared with: they are drawn hollow.
 
     Raises:
         KilnError: no rows.
     """
-    if not rows:
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    if not names:
         raise KilnError(f"{path.name}: nothing to draw", "look at what was scored")
+    places, headings, end = _stacked(groups)
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     with style():
-        figure, axes = _axes(7.8, 1.9 + 0.42 * len(rows), title)
-        names = list(dict.fromkeys((groups or {}).values()))
-        for i, (label, (value, interval)) in enumerate(rows.items()):
-            colour = PALETTE[names.index(groups[label]) % len(PALETTE)] if groups else PALETTE[0]
+        entries = (len(names) if len(names) > 1 else 0) + len(floors or {})
+        figure, axes = _axes(7.8, 1.7 + 0.31 * end + 0.2 * -(-entries // 3), title)
+        axes.grid(False, axis="y")
+        for heading, y in headings.items():
+            axes.axhspan(y - 0.5, y + 0.5, color="#F0F0F0", zorder=1.5)
+            axes.text(0.01, y, heading, va="center", transform=axes.get_yaxis_transform())
+        for (group, name), y in places.items():
+            value, interval = groups[group][name]
             if interval is not None:
-                axes.hlines(i, *interval, color=colour, linewidth=2.2)
-            axes.plot(value, i, "o", color=colour, markersize=7)
-            axes.text(1.02, i, f"{value:.3f}", va="center", transform=axes.get_yaxis_transform(), fontsize=10)
+                axes.hlines(y, *interval, color=colours[name], linewidth=2.2)
+            axes.plot(value, y, **_point(colours[name], name in baselines))
+            axes.text(1.02, y, f"{value:.3f}", va="center", transform=axes.get_yaxis_transform(), fontsize=10)
+        for name in names if len(names) > 1 else ():
+            axes.plot([], [], label=name, **_point(colours[name], name in baselines))
         for (label, x), dash in zip((floors or {}).items(), itertools.cycle([(5, 3), (2, 2), (8, 2, 2, 2)])):
             axes.axvline(x, color=GREY, linewidth=1.4, dashes=dash, label=f"{label}: {x:.3f}", zorder=1)
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.set(xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
-        axes.grid(False, axis="y")
-        _legend(figure, len(floors or {}))
+        axes.set_yticks(list(places.values()), [name for _, name in places])
+        axes.set(xlim=(0, 1.02), ylim=(end - 0.5, -0.5), xlabel=xlabel)
+        _legend(figure, entries)
         save(figure, path)
+
+
+def _stacked(
+    groups: Mapping[str, Mapping[str, object]],
+) -> tuple[dict[tuple[str, str], float], dict[str, float], float]:
+    """({(group, name): its y}, {heading: its y}, the y after all) of rows below headings, with a gap between groups."""
+    places, headings, y = {}, {}, 0.0
+    for group, rows in groups.items():
+        if not rows:
+            continue
+        y += 0.4 if places else 0
+        if group:
+            headings[group], y = y, y + 1
+        for name in rows:
+            places[group, name], y = y, y + 1
+    return places, headings, y
+
+
+def _point(colour: str, hollow: bool) -> dict[str, object]:
+    look = {"color": colour, "linestyle": "none", "marker": "D" if hollow else "o", "markersize": 6 if hollow else 7}
+    return {**look, "markerfacecolor": "white", "markeredgewidth": 1.8} if hollow else look
 
 
 def _axes(width: float, height: float, title: str):

@@ -120,7 +120,8 @@ def digits(value: float | None, unit: str = "") -> str:
     """A number of the pages: four digits, and its unit where that is not plain."""
     if value is None:
         return ""
-    return f"{value:.4g}{' dB' if unit == 'dB' else ''}"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{text}{' dB' if unit == 'dB' else ''}"
 
 
 def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
@@ -132,8 +133,9 @@ def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
     run = [Piece(one["run"], quote(one["file"]))] if one["run"] else []
     for name, title in zip(NUMBERS, SHOWN[3:5], strict=True):
         text = digits(one[name], one["unit"])
-        if text and one[f"{name}_ci_low"] is not None:
-            text += f" [{digits(one[f'{name}_ci_low'])}, {digits(one[f'{name}_ci_high'])}]"
+        low, high = one[f"{name}_ci_low"], one[f"{name}_ci_high"]
+        if text and low is not None:  # resampling items that are all alike tells nothing of the next one
+            text += " (no spread)" if low == high else f" [{digits(low)}, {digits(high)}]"
         shown[title] = [Piece(f"{text}, n = {one[f'{name}_n']} ("), *run, Piece(")")] if text else []
     shown["protocol"], shown["source"] = [Piece(one["protocol"])], linked(one["source"])
     if one["differences"]:
@@ -164,7 +166,7 @@ INTRODUCTION = (
     "A number stands under “ours” only where the records behind it show the published protocol: the same number of "
     "samples, split, reference, features, weights and settings. Any other stands under “this run”, with what differs; "
     "the name of the run leads to its file. “Published for” names the authors’ model and data, not ours. "
-    "Intervals are of 95 %. ↑: more is better, ↓: less is."
+    "Intervals are of 95 %; “no spread”: every resample gave the same. ↑: more is better, ↓: less is."
 )
 DRAWN = "{} numbers of drawn data and tiny models. They show that every step runs; they compare with nothing published."
 

@@ -4,14 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def digits(value: float) -> str:
+    """A number as people read it: four significant digits, three of a share, whole from 1000 on."""
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size == 0:
+        return "0"
+    return (f"{value:#.4g}" if round(size, 3) >= 1 else f"{value:#.3g}").rstrip(".")
+
+
 def headline(pipeline: str, name: str, one: dict) -> str:
     """One readable line of a metric: value, interval, count, baseline, and what trivial features reach."""
-    interval = "[{:.3f}, {:.3f}]".format(*one["ci95"]) if one["ci95"] else f"({one.get('reason', 'no interval')})"
-    line = f"{pipeline:9} {name:26} {one['value']:.3f} {interval}  n = {one['n']:<6}"
+    interval = "[{}, {}]".format(*map(digits, one["ci95"])) if one["ci95"] else f"({one.get('reason', 'no interval')})"
+    line = f"{pipeline:9} {name:26} {digits(one['value'])} {interval}  n = {one['n']:<6}"
     if one.get("baseline") is not None:
-        line += f"  {one['baseline_kind'].replace('_', ' ')}: {one['baseline']:.3f}"
+        line += f"  {one['baseline_kind'].replace('_', ' ')}: {digits(one['baseline'])}"
     if one.get("trivial") is not None:
-        line += f"  trivial features: {one['trivial']:.3f}"
+        line += f"  trivial features: {digits(one['trivial'])}"
     return f"{line}  ({one['label']})" if one.get("label") else line
 
 

@@ -248,25 +248,27 @@ def size_of(test: Mapping[str, Any]) -> str:
 def draw(path: Path, metrics: Mapping[str, Any]) -> None:
     """scores.png: accuracy by dimension and model, beside what needs no model; without questions BLEU-1 of captions."""
     everyone = {name: one["greedy"] for name, one in metrics["models"].items()}
-    everyone |= {"majority answer": metrics["majority"]["greedy"], "trivial features": metrics["trivial"]["greedy"]}
-    points, groups, measure = {}, {}, "accuracy"
-    for kind in (SINGLE, *DIMENSIONS):
-        for name, found in everyone.items():
-            if kind in found:
-                one = found[kind][measure]
-                label = f"{'all questions' if kind == SINGLE else kind}: {name} (n = {one['n']})"
-                points[label], groups[label] = (one["value"], one["ci95"]), name
-    if not points:
-        measure = "bleu1"
-        for name, found in everyone.items():
-            if CAPTION in found:
-                one = found[CAPTION][measure]
-                label = f"captions: {name} (n = {one['n']})"
-                points[label], groups[label] = (one["value"], one["ci95"]), name
+    floors = {"majority answer": metrics["majority"]["greedy"], "trivial features": metrics["trivial"]["greedy"]}
+    everyone |= floors
+    asked = [kind for kind in (SINGLE, *DIMENSIONS) if any(kind in found for found in everyone.values())]
+    measure = "accuracy" if asked else "bleu1"
+    groups = {}
+    for kind in asked or [CAPTION]:
+        scored = {name: found[kind][measure] for name, found in everyone.items() if kind in found}
+        if scored:
+            heading = {SINGLE: "all questions", CAPTION: "captions"}.get(kind, kind)
+            counts = _counts({name: one["n"] for name, one in scored.items()})
+            groups[f"{heading} ({counts})"] = {name: (one["value"], one["ci95"]) for name, one in scored.items()}
     words = {"accuracy": "share of right answers", "bleu1": "BLEU-1"}[measure]
     vases = metrics["data"]["test"]["vases"]
     title = f"Greedy answers about {vases} vases of the test side"
-    plots.intervals(path, points, f"{words}, 95 % interval", title, groups=groups)
+    plots.intervals(path, groups, f"{words}, 95 % interval", title, baselines=list(floors))
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """n, and which of `counts` differ from the first: trivial features leave out what they were not taught."""
+    n = next(iter(counts.values()))
+    return ", ".join([f"n = {n}", *(f"{name} {one}" for name, one in counts.items() if one != n)])
 
 
 def caption_retrieval(args, values: EvaluateStepSettings, captions: Sequence[VqaRow]):
