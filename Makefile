@@ -18,7 +18,7 @@ DEMO := $(BIN)/snakemake --configfile config/demo.yaml --cores $(CORES)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-# The stamp holds the lock's checksum, so that a checkout of another commit reinstalls what differs. Bytecode is made
+# A lock newer than the stamp, as after a checkout of another commit, reinstalls what differs. Bytecode is made
 # here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each step would compile its imports for 10 to 20 s.
 install: $(INSTALLED) ## the locked environment in .venv
 

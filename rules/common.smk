@@ -406,7 +406,7 @@ def of_folder(folder, function, *arguments):
         return function(*arguments)
     except KilnError as error:
         told = "" if Path("config/config.yaml").is_file() else "; there is no config/config.yaml here"
-        raise layouts.explained(error, folder, kiln_config.keys_of(CONFIG, folder), told) from None
+        raise layouts.explained(error, folder, kiln_config.keys_of(CONFIG, folder), told, CONFIG.pipelines) from None
 
 
 def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):
@@ -443,11 +443,11 @@ class ShardedFolder:
     """A folder of images in append-only shards: scanned once by the main process, read by its jobs.
 
     `digest` and `ignored` are params functions; `expand(pattern)` is an input function. `inspected` is the folder of
-    the shards' tables (columns path, sha256).
+    the shards' tables (columns path, sha256). `look` gets the paths, and may refuse them before any job.
     """
 
-    def __init__(self, pipeline, folder, per_shard, inspected):
-        self.folder, self.per_shard, self.inspected = folder, per_shard, Path(inspected)
+    def __init__(self, pipeline, folder, per_shard, inspected, look=None):
+        self.folder, self.per_shard, self.inspected, self.look = folder, per_shard, Path(inspected), look
         self.table = f"{STATE}/{pipeline}/shards.parquet"
         self.digest = once_drawn(folder, lambda wildcards: self.now().digest(wildcards.shard))
         self.ignored = once_drawn(folder, lambda wildcards: self.now().ignored)
@@ -463,6 +463,8 @@ class ShardedFolder:
             made = self.inspected.glob("s*.parquet")
             given = (table, folder, EXTENSIONS, self.per_shard, write, made, logger.warning)
             found = of_folder(self.folder, refresh, *given)
+        if self.look:
+            of_folder(self.folder, self.look, (path.as_py() for path in found.files["path"]))
         if CONFIG.rehash:
             found = rehash.mark_changed(found, table, folder, self.inspected, write, logger.warning)
         return found

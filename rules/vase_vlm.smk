@@ -52,13 +52,19 @@ VASE_SFT_CODE = ("scripts.common.devices", "scripts.vase.swift_flags", "scripts.
 VASE_GRPO_CODE = (*VASE_SFT_CODE, "scripts.vase.reward_plugin")
 
 
+def vase_captions(wildcards):
+    """The table of captions, if there is one; the workflow stops where there are no questions either."""
+    or_stop(layouts.require_rows, CONFIG.vase.dataset.captions, CONFIG.vase.dataset.questions)
+    return optional_table(CONFIG.vase.dataset.captions)(wildcards)
+
+
 rule vase_build_dataset:
     input:
         manifest=rules.vase_list_images.output.manifest,
         accepted=rules.vase_accept_images.output.table,
         best_views=rules.vase_select_views.output.table,
         splits=rules.vase_split.output.splits,
-        captions=optional_table(CONFIG.vase.dataset.captions),
+        captions=vase_captions,
         questions=optional_table(CONFIG.vase.dataset.questions),
     output:
         sft_train=f"{VASE}/build_dataset/{{variant}}/sft_train.jsonl",

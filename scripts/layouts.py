@@ -29,14 +29,36 @@ LAYOUTS: Mapping[str, str] = {
 }
 
 
-def explained(error: KilnError, path: str, keys: Sequence[str], aside: str = "") -> KilnError:
-    """The error with the keys of the configuration that hold `path`, what they are to be, and where to read on."""
+def explained(
+    error: KilnError, path: str, keys: Sequence[str], aside: str = "", pipelines: Sequence[str] = ()
+) -> KilnError:
+    """The error with the keys of the configuration that hold `path`, what they are to be, and where to read on.
+
+    Args:
+        pipelines: those that targets of all pipelines are of.
+    """
     if not keys:
         return error
     named = " and ".join(keys)
     hint = error.hint if Path(path).exists() else f"set {named} to where your data are, in config/config.yaml"
     wanted = [f"{key} is {LAYOUTS[key]} ({PAGE}, section {key.partition('.')[0]})" for key in keys if key in LAYOUTS]
+    without = [name for name in pipelines if not any(key.startswith(f"{name}.") for key in keys)]
+    if without and len(without) < len(pipelines) and not Path(path).exists():
+        wanted.append("or set `pipelines` to those that you use, which is what `all`, `report` and `paper` are of")
     return KilnError(f"{error.message} (the value of {named}{aside})", "; ".join([hint, *wanted]))
+
+
+def require_rows(captions: str | None, questions: str | None) -> None:
+    """Refuse a second half of `vase` that has nothing to ask.
+
+    Raises:
+        KilnError: neither of its files is given.
+    """
+    if captions is None and questions is None:
+        raise KilnError(
+            "vase.dataset.captions and vase.dataset.questions are not given, so there is nothing to fine-tune on",
+            f"set one of them to a file ({PAGE}, section vase), or ask for `vase_images`, the first half alone",
+        )
 
 
 def require_file(path: str) -> None:

@@ -8,6 +8,8 @@ all configurations whose variants are to stay. States of trainings that stopped 
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not going:
         return
     if not args.yes:
-        print(f"\n{disk.size(sum(one.bytes for one in going))} can go: `make prune YES=1`, or --yes")
+        again = shlex.join(["python", "-m", "scripts.prune", *(sys.argv[1:] if argv is None else argv), "--yes"])
+        print(f"\n{disk.size(sum(one.bytes for one in going))} can go: {again}")
         return
     kept = [(one, said) for one in going if (said := prune.remove(one))]
     for one, said in kept:

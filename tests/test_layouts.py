@@ -67,6 +67,14 @@ def test_classes_that_no_key_sets_are_not_offered_to_be_set(tmp_path):
     assert error.hint == "add a folder with images for 1" and "each of 0, 1; the folders" in error.message
 
 
+def test_who_uses_some_pipelines_alone_is_told_how_to_say_so(tmp_path):
+    error, key = KilnError("gone: no such folder", "give a folder"), "coca.slides"
+    told = "set `pipelines` to those that you use"
+    assert told in layouts.explained(error, "gone", [key], pipelines=("busi", "coca")).hint
+    assert told not in layouts.explained(error, "gone", [key], pipelines=("coca",)).hint
+    assert told not in layouts.explained(error, str(tmp_path), [key], pipelines=("busi", "coca")).hint
+
+
 def test_an_error_of_no_key_stays_as_it_is():
     error = KilnError("x: bad", "mend it")
     assert layouts.explained(error, "x", []) is error
@@ -89,7 +97,7 @@ CASES = {  # key: target, settings, what is said, and of the layout
 def test_the_plan_names_the_key_of_what_is_missing_and_what_it_should_hold(tmp_path, key):
     target, values, message, layout = CASES[key]
     labelled = ("both/0/a_1_ac001001.png", "both/1/b_1_ac001001.png", "one/1/b_1_ac001001.png")
-    touch(tmp_path / "run", "png/a_1_ac001001.png", *labelled, "slides/a.h5", "texts.json")
+    touch(tmp_path / "run", "png/a_1_ac001001.jpg", *labelled, "slides/a.h5", "texts.json")
     settings = f"set={values.format(key=key)} device=cpu check_disk=false"
     done = workflow.run(ROOT, tmp_path / "run", "--dry-run", target, "--config", settings, check=False)
     said = done.stdout + done.stderr
@@ -97,6 +105,28 @@ def test_the_plan_names_the_key_of_what_is_missing_and_what_it_should_hold(tmp_p
     hint = said.partition("Hint: ")[2].splitlines()[0]
     assert f"{key} is " in hint and layout in hint
     assert f"(docs/your-data.md, section {key.partition('.')[0]})" in hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "values", "says"),
+    [
+        ("vase_images", "", "matches none of 1 file names, such as 'pot.png'"),
+        ("vase", " vase.list.view_pattern=null", "vase.dataset.captions and vase.dataset.questions are not given"),
+    ],
+)
+def test_names_of_no_vase_and_a_second_half_without_questions_are_refused_by_the_plan(tmp_path, target, values, says):
+    touch(tmp_path / "run", "raw/pot.png", "both/0/a.png", "both/1/b.png")
+    settings = f"set=vase.images=raw vase.labelled=both device=cpu check_disk=false{values}"
+    done = workflow.run(ROOT, tmp_path / "run", "--dry-run", target, "--config", settings, check=False)
+    assert done.returncode and says in done.stdout + done.stderr
+
+
+def test_a_model_of_another_family_is_refused():
+    with pytest.raises(KilnError, match="qwen2.5-vl-3b-instruct is of family qwen, not hulumed: set busi.base.family"):
+        config.load({"busi": {"base": {"model": "qwen2.5-vl-3b-instruct"}}}, Path("none"))
+    config.load({"busi": {"base": {"model": "qwen2.5-vl-3b-instruct", "family": "qwen"}}}, Path("none"))
+    config.load({"busi": {"base": {"model": "qwen/of/mine"}}}, Path("none"))
 
 
 @pytest.mark.slow

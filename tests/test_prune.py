@@ -62,7 +62,9 @@ def test_nothing_is_removed_without_yes(results, capsys):
     put(results / "busi/train_lora/gone/lora/meta.json", days=2)
     before = left(results)
     cli.main(["--results", str(results), "--configfile", "a.yaml"])
-    assert "variants: busi/train_lora/gone" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "variants: busi/train_lora/gone" in printed
+    assert printed.rstrip().endswith(f"--results {results} --configfile a.yaml --yes")
     assert left(results) == before
 
 

@@ -302,6 +302,21 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("content", "name", "lines"),
+    [("a: {b: 1}\nc: 2\na: {d: 1}\n", "a", "1 and 3"), ("a:\n  - {b: 1, c: 2, b: 3}\n", "b", "2 and 2")],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_lines(tmp_path, content, name, lines):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(KilnError, match=f"key '{name}' stands twice, in lines {lines}"):
+        settings.read_yaml(tmp_path / "c.yaml")
+
+
+def test_merge_keys_of_yaml_may_be_overridden(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert settings.read_yaml(tmp_path / "c.yaml")["b"] == {"x": 3, "y": 2}
+
+
 def test_an_empty_file_says_nothing(tmp_path):
     for text in ("", "# only a comment\n", "---\n"):
         (tmp_path / "c.yaml").write_text(text)

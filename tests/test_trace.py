@@ -15,7 +15,7 @@ def results(tmp_path, monkeypatch):
 
 
 def steps(capsys, results, what: str, *options: str) -> list[str]:
-    """The steps of what is printed, the last first."""
+    """The steps of what is printed, each above those that it read from."""
     trace.main([str(results), what, *options])
     printed = capsys.readouterr().out
     return [line.split()[0] for line in printed.splitlines() if line.endswith("meta.json)")]

@@ -12,6 +12,7 @@ from vase_fixtures import VIEW, command_line, error_of, files_below, picture, ru
 from scripts.common import images as image_files
 from scripts.common.errors import KilnError
 from scripts.common.images import EXTENSIONS
+from scripts.common.job_lines import outcome
 from scripts.vase import inspect_images, list_images, list_labelled
 
 A, B = "AAAA-01", "BBBB-02"
@@ -271,7 +272,7 @@ def test_threads_do_not_change_the_table(images, work):
     assert one.read_bytes() == before
 
 
-def test_labelled_images_of_both_classes_at_any_depth(images, tmp_path):
+def test_labelled_images_of_both_classes_at_any_depth(images, tmp_path, caplog):
     picture(images / "0/deep/er" / name(A, 1), seed=1)
     picture(images / "1" / name(A, 2), seed=2)
     picture(images / "1/0" / name(B, 1), seed=3)  # only the first folder is the class
@@ -291,6 +292,8 @@ def test_labelled_images_of_both_classes_at_any_depth(images, tmp_path):
     assert (summary["in"], summary["ok"], summary["quarantined"]) == (5, 4, 1)
     assert summary["by_class"] == {"0": 1, "1": 3} and summary["vases"] == 3
     assert summary["unmatched_names"] == 2  # each is a vase of its own to the split: to be seen
+    assert outcome([str(tmp_path / "out/summary.json")]) == "1 quarantined, 2 of no vase by their names"
+    assert "2 of 5 names do not match vase.list.view_pattern" in caplog.text
     quarantine = pd.read_csv(tmp_path / "out/quarantine.tsv", sep="\t")
     assert quarantine.to_dict("records") == [{"path": "0/broken.jpg", "reason": "empty file"}]
 

@@ -106,6 +106,13 @@ class BaseSettings(Settings):
         "of config/models.csv is pinned by its locked revision instead",
     )
 
+    @model_validator(mode="after")
+    def _family_is_the_models(self):
+        for start, family in (("qwen", "qwen"), ("hulu-med", "hulumed")):
+            if self.model.startswith(start) and "/" not in self.model and self.family != family:
+                raise ValueError(f"model {self.model} is of family {family}, not {self.family}: set busi.base.family")
+        return self
+
 
 class LoraSettings(Settings):
     """Low-rank adapters, and the quantised base of QLoRA."""
@@ -241,7 +248,8 @@ class BusiSettings(VariedSettings):
             offered = {name.casefold() for name in re.findall(r"(?<!\w)['\"]([^'\"]+)['\"]", prompt)}
             if offered and offered != wanted:
                 raise ValueError(
-                    f"conversations.prompts offer the answers {', '.join(sorted(offered))}, but list.classes are "
-                    f"{', '.join(self.list.classes)}: write prompts for your classes, instead of {prompt!r}"
+                    f"busi.conversations.prompts offer the answers {', '.join(sorted(offered))}, but "
+                    f"busi.list.classes are {', '.join(self.list.classes)}: write prompts for "
+                    f"your classes, instead of {prompt!r}"
                 )
         return self

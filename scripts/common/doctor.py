@@ -262,7 +262,13 @@ def slurm() -> Line:
         return Line(OK, "Slurm", "not here, nor needed here; `--profile slurm` is for a cluster's login node")
     if missing:
         return Line(WARN, "Slurm", f"missing: {', '.join(missing)}; `--profile slurm` calls them")
-    return Line(OK, "Slurm", _version("sbatch") or "sbatch is here, and does not answer")
+    version = _version("sbatch")
+    if version in (None, SILENT):
+        return Line(WARN, "Slurm", "`sbatch --version` says nothing; `--profile slurm` calls it")
+    return Line(OK, "Slurm", version)
+
+
+SILENT = "0 (does not answer)"  # as a version: older than any
 
 
 def _version(command: str) -> str | None:
@@ -271,8 +277,8 @@ def _version(command: str) -> str | None:
     try:
         ran = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return "0 (does not answer)"
-    return ran.stdout.strip().splitlines()[0] if ran.stdout.strip() else "0 (does not answer)"
+        return SILENT
+    return ran.stdout.strip().splitlines()[0] if ran.stdout.strip() else SILENT
 
 
 def hub() -> Line:

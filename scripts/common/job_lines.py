@@ -150,8 +150,8 @@ def duration(seconds: float) -> str:
 
 
 def outcome(outputs: Sequence[str]) -> str:
-    """What a job's records say came out: its first headline metrics, else how many items, and how many were rejected or
-    quarantined; nothing if they do not.
+    """What a job's records say came out: its first headline metrics, else how many items, and how many were rejected,
+    quarantined, or are of no vase; nothing if they do not.
 
     Never raises: a record that cannot be read is no reason to stop a run.
     """
@@ -187,7 +187,8 @@ def _items(record: dict) -> str:
 
 def _left_out(summary: dict) -> str:
     parts = [summary, *(part for part in summary.values() if isinstance(part, dict))]
-    counts = {name: sum(part.get(name, 0) for part in parts) for name in ("rejected", "quarantined")}
+    words = {"rejected": "rejected", "quarantined": "quarantined", "unmatched_names": "of no vase by their names"}
+    counts = {words[name]: sum(part.get(name, 0) for part in parts) for name in words}
     return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 

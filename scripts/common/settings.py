@@ -169,7 +169,7 @@ def _sentence(key: str, error: Mapping[str, Any]) -> str:
     else:
         said = said.replace("Input should be", "expected").replace("String should match", "expected a text of the")
         said = f"expected {_KINDS[kind]}" if kind in _KINDS else said
-    return f"{key} = {error['input']!r}: {said}"
+    return f"{key}: {said}" if isinstance(error["input"], Mapping) else f"{key} = {error['input']!r}: {said}"
 
 
 def _model_at(model: type[BaseModel], location: tuple) -> type[Settings] | None:
@@ -193,10 +193,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; an empty file is an empty mapping.
 
     Raises:
-        KilnError: missing, not YAML, or not a mapping.
+        KilnError: missing, not YAML, not a mapping, or one with a key that stands twice.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_doubled_keys(yaml.compose(text, yaml.SafeLoader), path)
+        values = yaml.safe_load(text)
     except OSError as error:
         raise KilnError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -206,6 +208,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise KilnError(f"{path}: expected key: value pairs", "see config/default.yaml")
     return values
+
+
+def _refuse_doubled_keys(node: yaml.Node | None, path: Path) -> None:
+    """YAML forbids them, but PyYAML takes the last one in silence."""
+    if isinstance(node, yaml.SequenceNode):
+        for one in node.value:
+            _refuse_doubled_keys(one, path)
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, yaml.Mark] = {}
+        for key, value in node.value:
+            mark = key.start_mark
+            if isinstance(key, yaml.ScalarNode) and (first := seen.setdefault(key.value, mark)) is not mark:
+                places = f"lines {first.line + 1} and {mark.line + 1}"
+                raise KilnError(f"{path}: key {key.value!r} stands twice, in {places}", "put both under the first")
+            _refuse_doubled_keys(value, path)
 
 
 def _read_json(text: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from scripts.common import heartbeat, locks, spent, step
-from scripts.common.errors import KilnError
 
 HEAD = ("training", "state", "step", "loss", "steps/s", "left", "saved", "job", "node")
 STALE_SECONDS = 120.0  # and ten steps: a heartbeat that is older says that no step was made
@@ -24,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--state", type=Path, default=Path("results/state"), help="folder of all states")
     root = parser.parse_args(argv).state
     if not root.is_dir():
-        raise KilnError(f"{root}: no such folder", "give --state {results}/state (make status RESULTS=...)")
+        print(f"{root}: no such folder, so nothing was trained there; another: make status RESULTS=results/demo")
+        return
     lines = [row(root, folder, time.time()) for folder in sorted(folders(root))]
     print(table(lines) if lines else f"no training runs or waits to be carried on below {root}")
 

@@ -102,7 +102,9 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
 
 
 def _say_where() -> None:
-    """The line that `scripts.common.failures` looks for in a step's log."""
+    """The line that `scripts.common.failures` looks for in a step's log; on a terminal one sees where one is."""
+    if sys.stderr.isatty():
+        return
     job = os.environ.get("SLURM_JOB_ID")
     where = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024

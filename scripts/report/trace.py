@@ -7,6 +7,7 @@ Read from the records alone (meta.json, files.json); `verify` says whether files
 """
 
 import argparse
+import graphlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,22 +37,26 @@ def file_of(results: Path, records: Records, asked: str) -> str:
 
 
 def back(records: Records, file: str) -> Iterator[tuple[Artefact, list[str], list[str]]]:
-    """Each step that `file` comes from, the last first, with its inputs that other steps made, and its others.
+    """Each step that `file` comes from, above those that it read from.
 
+    With each are its inputs that other steps made, and its others.
     The others are raw data, models and whatever has no record.
     """
-    makers, todo, seen = _makers(records), [file], set()
+    makers, todo = _makers(records), [file]
+    found: dict[str, tuple[Artefact, list[str], list[str]]] = {}
+    read_from: dict[str, list[str]] = {}
     while todo:
         artefact = makers.get(todo.pop(0))
-        if artefact is None or artefact.meta in seen:
+        if artefact is None or artefact.meta in found:
             continue
-        seen.add(artefact.meta)
         made, others = [], []
         for path in artefact.inputs:
             below = records.below(path)
             (made if below in makers else others).append(below if below in makers else path)
-        yield artefact, made, others
+        found[artefact.meta] = artefact, made, others
+        read_from[artefact.meta] = [makers[path].meta for path in made if makers[path].meta != artefact.meta]
         todo += made
+    yield from (found[meta] for meta in reversed([*graphlib.TopologicalSorter(read_from).static_order()]))
 
 
 def lines(records: Records, file: str, code: bool) -> Iterator[str]:
@@ -91,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = made.parse_args(argv)
     records = run_records.read(args.results)
     file = file_of(args.results, records, args.what)
-    heading = "Steps behind this file, the last first; other numbers may lie in it, too."
+    heading = "Steps behind this file, each above those that it read from; other numbers may lie in it, too."
     print("\n".join([f"{args.what}: {file}", heading, *lines(records, file, args.code)]))
 
 

@@ -5,7 +5,6 @@ Rule `vase_list_images`. Beside the manifest: `quarantine.tsv` (file, reason), `
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,25 +14,9 @@ from scripts.common import artefacts, step, tables
 from scripts.common.errors import KilnError
 from scripts.vase.inspect_images import SCHEMA
 from scripts.vase.settings import ListSettings
+from scripts.vase.view_names import compile_pattern, require_match
 
 HISTORY = ["shard", "generation"]  # what follows from a folder's history, not from what it holds
-
-
-def compile_pattern(pattern: str) -> re.Pattern:
-    """The view pattern, checked.
-
-    Raises:
-        KilnError: it is no regular expression, or lacks the groups `vase` and `view`.
-    """
-    hint = "set vase.list.view_pattern to an expression with (?P<vase>...) and (?P<view>...), or to null"
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise KilnError(f"vase.list.view_pattern {pattern!r} is not a regular expression: {error}", hint) from None
-    lacking = {"vase", "view"} - set(compiled.groupindex)
-    if lacking:
-        raise KilnError(f"vase.list.view_pattern {pattern!r} has no group {' or '.join(sorted(lacking))}", hint)
-    return compiled
 
 
 def add_views(frame: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
@@ -74,12 +57,7 @@ def run(args: argparse.Namespace) -> None:
     record = step.record(args, "scripts.vase.list_images", values, {p.stem: p for p in args.shards})
     parts = [tables.read_table(path, SCHEMA.names) for path in args.shards]
     frame = add_views(pd.concat(parts, ignore_index=True), values.view_pattern)
-    if values.view_pattern is not None and not frame["matched"].any():
-        raise KilnError(
-            f"vase.list.view_pattern {values.view_pattern!r} matches none of {len(frame)} file names, "
-            f"such as {frame['path'].iloc[0]!r}",
-            "fit the pattern to your file names, or set it to null: then each file is a vase of its own",
-        )
+    require_match(frame["path"], values.view_pattern)
     ok, bad = frame[frame["status"] == "ok"], frame[frame["status"] == "quarantined"]
     if len(ok) == 0:
         first = bad.iloc[0]

@@ -58,6 +58,14 @@ def run(args: argparse.Namespace) -> None:
     pattern = values.list.view_pattern
     frame = add_views(frame, pattern)
     ok, bad = frame[frame["status"] == "ok"], frame[frame["status"] == "quarantined"]
+    unmatched = int((~frame["matched"]).sum())
+    if pattern is not None and unmatched:
+        step.log.warning(
+            "%d of %d names do not match vase.list.view_pattern: each is a vase of its own, so that views of one vase "
+            "may lie on several sides",
+            unmatched,
+            len(frame),
+        )
     for label in CLASSES:
         if not (ok["label"] == int(label)).any():
             raise KilnError(
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         **counts,
         "by_class": {str(k): int(v) for k, v in by_class.items()},
         "vases": int(ok["vase"].nunique()),
-        "unmatched_names": int((~frame["matched"]).sum()),
+        "unmatched_names": unmatched,
     }
     artefacts.write_json(outputs[2], summary)
     step.log.info("%s", summary)
