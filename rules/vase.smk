@@ -32,7 +32,9 @@ from scripts.vase import view_names
 VASE = f"{RESULTS}/vase"
 VASE_RUNS = Runs("vase")
 VASE_NAMES = functools.partial(view_names.require_match, pattern=CONFIG.vase.list.view_pattern)
-VASE_SHARDS = ShardedFolder("vase", CONFIG.vase.images, CONFIG.vase.images_per_shard, f"{VASE}/inspect_images", VASE_NAMES)
+VASE_SHARDS = ShardedFolder(
+    "vase", CONFIG.vase.images, CONFIG.vase.images_per_shard, f"{VASE}/inspect_images", VASE_NAMES
+)
 VASE_LOOK = functools.partial(layouts.require_classes, classes=("0", "1"))
 VASE_BACKBONES = {name: one.vase.classifier.weights for name, one in VASE_RUNS.configs.items()}
 VASE_CLASSIFIER_CODE = ("scripts.common.devices", "scripts.vase.classifier", "scripts.vase.classifier_training")

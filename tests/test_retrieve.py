@@ -428,7 +428,9 @@ def test_a_name_is_listed_or_a_path(tmp_path, monkeypatch):
         names.is_listed("q", listed)
 
 
-@pytest.mark.parametrize("place,pipeline", [("vase.vlm.model", "vase"), ("busi.base.model", "busi")])
+@pytest.mark.parametrize(
+    "place,pipeline", [("vase.vlm.model", "vase"), ("busi.base.family=qwen busi.base.model", "busi")]
+)
 def test_a_misspelt_model_stops_before_any_job(tmp_path, place, pipeline):
     given = ("--dry-run", pipeline, "--config", f"set={place}=qwen2.5-vl-7b-instrct")
     done = workflow.run(ROOT, tmp_path, *given, check=False)

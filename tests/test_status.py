@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from scripts.common import heartbeat, spent, status
-from scripts.common.errors import KilnError
 from scripts.common.heartbeat import Heartbeat
 from scripts.common.locks import is_taken, writer_lock
 

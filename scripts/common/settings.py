@@ -32,6 +32,7 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 Location = tuple[str | int, ...]  # of a value, as pydantic names it
+SECTION = 60  # characters of a section's values, beyond which they are not repeated in an error
 SECRETS = ("hf_token", "token", "huggingface_token", "api_key")  # keys that have no place in a configuration
 
 
@@ -169,7 +170,8 @@ def _sentence(key: str, error: Mapping[str, Any]) -> str:
     else:
         said = said.replace("Input should be", "expected").replace("String should match", "expected a text of the")
         said = f"expected {_KINDS[kind]}" if kind in _KINDS else said
-    return f"{key}: {said}" if isinstance(error["input"], Mapping) else f"{key} = {error['input']!r}: {said}"
+    whole = isinstance(error["input"], Mapping) and len(str(error["input"])) > SECTION
+    return f"{key}: {said}" if whole else f"{key} = {error['input']!r}: {said}"
 
 
 def _model_at(model: type[BaseModel], location: tuple) -> type[Settings] | None:
