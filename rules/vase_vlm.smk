@@ -48,14 +48,9 @@ VASE_GRPO_MODELS = {
 }
 VASE_SFT_MODEL = lambda w: VASE_RUNS.path("sft", VASE_SFT_MODELS[VASE_RUNS.of(w).vase.sft.tuner.tuner], **w)
 VASE_GRPO_MODEL = lambda w: VASE_RUNS.path("grpo", VASE_GRPO_MODELS[VASE_RUNS.of(w).vase.grpo.tuner.tuner], **w)
+VASE_CAPTIONS = lambda w: optional_table(or_stop(layouts.captions_of, CONFIG.vase.dataset))(w)
 VASE_SFT_CODE = ("scripts.common.devices", "scripts.vase.swift_flags", "scripts.vase.swift_template")
 VASE_GRPO_CODE = (*VASE_SFT_CODE, "scripts.vase.reward_plugin")
-
-
-def vase_captions(wildcards):
-    """The table of captions, if there is one; the workflow stops where there are no questions either."""
-    or_stop(layouts.require_rows, CONFIG.vase.dataset.captions, CONFIG.vase.dataset.questions)
-    return optional_table(CONFIG.vase.dataset.captions)(wildcards)
 
 
 rule vase_build_dataset:
@@ -64,7 +59,7 @@ rule vase_build_dataset:
         accepted=rules.vase_accept_images.output.table,
         best_views=rules.vase_select_views.output.table,
         splits=rules.vase_split.output.splits,
-        captions=vase_captions,
+        captions=VASE_CAPTIONS,
         questions=optional_table(CONFIG.vase.dataset.questions),
     output:
         sft_train=f"{VASE}/build_dataset/{{variant}}/sft_train.jsonl",

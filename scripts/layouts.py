@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from scripts.common.errors import KilnError
+from scripts.vase.settings import DatasetSettings
 
 PAGE = "docs/your-data.md"
 _SLIDES = "a folder of *.h5 or *.hdf5 at any depth, the tile embeddings of a slide in each"
@@ -48,17 +49,18 @@ def explained(
     return KilnError(f"{error.message} (the value of {named}{aside})", "; ".join([hint, *wanted]))
 
 
-def require_rows(captions: str | None, questions: str | None) -> None:
-    """Refuse a second half of `vase` that has nothing to ask.
+def captions_of(dataset: DatasetSettings) -> str | None:
+    """The file of captions, if there is one, of a second half of `vase`.
 
     Raises:
-        KilnError: neither of its files is given.
+        KilnError: neither captions nor questions are given, so there is nothing to ask.
     """
-    if captions is None and questions is None:
+    if dataset.captions is None and dataset.questions is None:
         raise KilnError(
             "vase.dataset.captions and vase.dataset.questions are not given, so there is nothing to fine-tune on",
             f"set one of them to a file ({PAGE}, section vase), or ask for `vase_images`, the first half alone",
         )
+    return dataset.captions
 
 
 def require_file(path: str) -> None:
