@@ -189,7 +189,7 @@ def summary(
         left_out["recall_at_5"] = one["reason"]
     else:
         parts = {way: retrieved[way]["recall"][HEADLINE_K]["value"] for way in WAYS}
-        made["recall_at_5"] = one | {"trivial": trivial, **parts}
+        made["recall_at_5"] = one | {"trivial": trivial, "about": "the exported model", **parts}
     if compared is None:
         left_out["hybrid_over_local"] = "no runs of both arms were given (biomedica.compare_seeds)"
     elif compared["ci95"] is None:
@@ -206,6 +206,7 @@ def summary(
             "local_only",
             trivial=trivial,
             interval_of="baseline + paired difference",
+            about=f"recall at {HEADLINE_K} of hybrid, mean of {compared['seeds']} seeds",
             **extra,
         )
     return made, left_out
