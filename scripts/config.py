@@ -108,6 +108,14 @@ class Config(Settings):
     coca: CocaSettings = CocaSettings()
     biomedica: BiomedicaSettings = BiomedicaSettings()
 
+    @model_validator(mode="after")
+    def _family_of_a_named_model(self):
+        base = self.busi.base  # here, not there: a step is told the family alone
+        for start, family in (("qwen", "qwen"), ("hulu-med", "hulumed")):
+            if base.model.startswith(start) and "/" not in base.model and base.family != family:
+                raise ValueError(f"{base.model} is of family {family}, not {base.family}: set busi.base.family")
+        return self
+
 
 Origins = Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]
 

@@ -106,13 +106,6 @@ class BaseSettings(Settings):
         "of config/models.csv is pinned by its locked revision instead",
     )
 
-    @model_validator(mode="after")
-    def _family_is_the_models(self):
-        for start, family in (("qwen", "qwen"), ("hulu-med", "hulumed")):
-            if self.model.startswith(start) and "/" not in self.model and self.family != family:
-                raise ValueError(f"model {self.model} is of family {family}, not {self.family}: set busi.base.family")
-        return self
-
 
 class LoraSettings(Settings):
     """Low-rank adapters, and the quantised base of QLoRA."""
