@@ -12,7 +12,7 @@ SHORT = ("light", "cpu")
 FILES = (
     "busi/normal/a.png", "busi/benign/b.png", "busi/malignant/c.png", "imagenet/a/a.jpg", "imagenet/b/b.jpg",
     "slides/labels.json", "slides/a.h5", "biomedica/0.tar",
-    "vase/images/a_1.jpg", "vase/labelled/0/a.jpg", "vase/labelled/1/b.jpg", "vase/truth.parquet",
+    "vase/images/a_1_ac001001.jpg", "vase/labelled/0/a.jpg", "vase/labelled/1/b.jpg", "vase/truth.parquet",
     "vase/captions.json", "vase/questions.json",
 )  # fmt: skip
 SETTINGS = (
