@@ -73,6 +73,7 @@ SMALL = {
     },
     "vase": {
         "images": "data/vases/images",
+        "list": {"view_pattern": None},
         "vlm": {"model": "data/qwen"},
         "sft": {"max_steps": 2, "batch_size": 4, "eval_batch_size": 4, "eval_steps": 2, "save_steps": 2},
     },
