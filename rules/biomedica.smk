@@ -12,7 +12,8 @@ OUTPUTS (below {results}/biomedica/):
     hold_out/       validation.parquet, test.parquet, summary.json: pairs of articles that no training sees
   and for each run of a variant (`main` is the configuration itself; a training is shared by the runs of its variant):
     plan/{variant}/{arm}/     plan.json, plan.png: how many pairs from where, which shards for which epoch, bytes
-    train_clip/{variant}/{arm}-{seed}/   model.safetensors (best by validation), last.safetensors, metrics.json, pictures
+    train_clip/{variant}/{arm}-{seed}/   model.safetensors (best by validation), last.safetensors, metrics.json
+    draw_curves/{variant}/{arm}-{seed}/  loss.png, retrieval.png
     evaluate/{variant}/       metrics.json, scores.png, retrieval.png, confusion.png, runs.png (with `compare_seeds`)
     export/{variant}/         model/: a folder that open_clip loads as local-dir:
     describe_model/{variant}/ README.md, the card
@@ -34,6 +35,10 @@ BIOMEDICA_TRAINED = {
     name: f"{BIOMEDICA}/train_clip/{BIOMEDICA_RUNS.variant_of[name]}/hybrid-{one.biomedica.train.seed}"
     for name, one in BIOMEDICA_RUNS.configs.items()
 }
+BIOMEDICA_TRAININGS = sorted(  # of all variants, as {variant}/{arm}-{seed}
+    {"/".join(Path(path).parts[-2:]) for path in BIOMEDICA_TRAINED.values()}
+    | {f"{variant}/{run}" for variant in BIOMEDICA_RUNS.variant_of.values() for run in BIOMEDICA_SEEDS}
+)
 BIOMEDICA_TRAIN_CLASS = "network" if BIOMEDICA_REPO else CONFIG.biomedica.resources
 BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
 BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_SEEDS else ()))
@@ -231,18 +236,6 @@ rule biomedica_train_clip:
         metrics=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/metrics.json",
         counts=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/remote_index.parquet",
         rejected=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/remote_rejected.tsv",
-        loss=report(
-            f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/loss.png",
-            caption="captions/biomedica_loss.rst",
-            category="biomedica",
-            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "loss"},
-        ),
-        retrieval=report(
-            f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/retrieval.png",
-            caption="captions/biomedica_retrieval.rst",
-            category="biomedica",
-            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "retrieval"},
-        ),
         meta=f"{BIOMEDICA}/train_clip/{{variant}}/{{arm}}-{{seed}}/meta.json",
     log:
         f"{LOGS}/biomedica/train_clip/{{variant}}/{{arm}}-{{seed}}.log",
@@ -306,6 +299,52 @@ rule biomedica_train_clip:
         " 2>&1 | tee {log:q}"
 
 
+rule biomedica_draw_curves:
+    input:
+        metrics=rules.biomedica_train_clip.output.metrics,
+    output:
+        loss=report(
+            f"{BIOMEDICA}/draw_curves/{{variant}}/{{arm}}-{{seed}}/loss.png",
+            caption="captions/biomedica_loss.rst",
+            category="biomedica",
+            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "loss"},
+        ),
+        retrieval=report(
+            f"{BIOMEDICA}/draw_curves/{{variant}}/{{arm}}-{{seed}}/retrieval.png",
+            caption="captions/biomedica_retrieval.rst",
+            category="biomedica",
+            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "retrieval"},
+        ),
+        meta=f"{BIOMEDICA}/draw_curves/{{variant}}/{{arm}}-{{seed}}/meta.json",
+    log:
+        f"{LOGS}/biomedica/draw_curves/{{variant}}/{{arm}}-{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/biomedica/draw_curves/{{variant}}/{{arm}}-{{seed}}.tsv"
+    wildcard_constraints:
+        variant="|".join(BIOMEDICA_RUNS.variant_of.values()),
+        arm="|".join(BIOMEDICA_ARMS),
+        seed=r"\d+",
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.biomedica.draw_curves", "scripts.common.plots"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Draw the curves of {wildcards.arm} data, seed {wildcards.seed} ({wildcards.variant})"
+    shell:
+        "{params.step} scripts.biomedica.draw_curves"
+        " --metrics {input.metrics:q}"
+        " --output-folder {params.folder:q}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
 rule biomedica_evaluate:
     input:
         test=rules.biomedica_hold_out.output.test,
@@ -351,7 +390,7 @@ rule biomedica_evaluate:
             ]
         ),
         settings=BIOMEDICA_RUNS.numerics(evaluate="biomedica.evaluate", model="biomedica.model"),
-        code=code_key("scripts.biomedica.evaluate"),
+        code=code_key("scripts.biomedica.evaluate", "scripts.common.plots"),
         folder=subpath(output.metrics, parent=True),
     message:
         "Score retrieval and zero-shot classification ({wildcards.variant})"
@@ -461,6 +500,7 @@ rule biomedica_describe_model:
 
 rule biomedica:
     input:
+        [f"{BIOMEDICA}/draw_curves/{one}/loss.png" for one in BIOMEDICA_TRAININGS],
         BIOMEDICA_RUNS.all(
             "train",
             rules.biomedica_evaluate.output.metrics,

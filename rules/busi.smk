@@ -13,7 +13,8 @@ OUTPUTS (below {results}/busi/):
     audit_split/{split}/   leakage_report.json of our split and of published ones
     build_conversations/   chat rows (.jsonl) and published rows (.json) of each side
   and for each run of a variant (`main` is the configuration itself; base is predicted once, as main's):
-    train_lora/{variant}/{method}/   final_model/ (adapter, tokenizer, processor), metrics.json, loss.png
+    train_lora/{variant}/{method}/   final_model/ (adapter, tokenizer, processor), metrics.json
+    draw_curves/{variant}/{method}/  loss.png
     merge/{variant}/{method}/        model/ (merged weights), parity.json
     predict/{variant}/{model}/       predictions.csv of the test side, by base and merged models
     evaluate/{variant}/              metrics.json, confusion.png, calibration.png
@@ -273,12 +274,6 @@ rule busi_train_lora:
     output:
         listing=f"{BUSI}/train_lora/{{variant}}/{{method}}/final_model/files.json",
         metrics=f"{BUSI}/train_lora/{{variant}}/{{method}}/metrics.json",
-        loss=report(
-            f"{BUSI}/train_lora/{{variant}}/{{method}}/loss.png",
-            caption="captions/busi_loss.rst",
-            category="busi",
-            labels={"step": "train_lora", "variant": "{variant}", "picture": "loss", "method": "{method}"},
-        ),
         meta=f"{BUSI}/train_lora/{{variant}}/{{method}}/meta.json",
     log:
         f"{LOGS}/busi/train_lora/{{variant}}/{{method}}.log",
@@ -320,6 +315,46 @@ rule busi_train_lora:
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule busi_draw_curves:
+    input:
+        metrics=rules.busi_train_lora.output.metrics,
+    output:
+        loss=report(
+            f"{BUSI}/draw_curves/{{variant}}/{{method}}/loss.png",
+            caption="captions/busi_loss.rst",
+            category="busi",
+            labels={"step": "train_lora", "variant": "{variant}", "method": "{method}", "picture": "loss"},
+        ),
+        meta=f"{BUSI}/draw_curves/{{variant}}/{{method}}/meta.json",
+    log:
+        f"{LOGS}/busi/draw_curves/{{variant}}/{{method}}.log",
+    benchmark:
+        f"{BENCHMARKS}/busi/draw_curves/{{variant}}/{{method}}.tsv"
+    wildcard_constraints:
+        variant=BUSI_RUNS.pattern,
+        method="lora|qlora",
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.busi.draw_curves", "scripts.common.plots"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Draw the curves of {wildcards.method} ({wildcards.variant})"
+    shell:
+        "{params.step} scripts.busi.draw_curves"
+        " --method {wildcards.method}"
+        " --metrics {input.metrics:q}"
+        " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -473,7 +508,7 @@ rule busi_evaluate:
             f"--predictions {m}={shlex.quote(str(p))}" for m, p in zip(BUSI_MODELS, input.predictions)
         ),
         settings=numerics("busi.evaluate"),
-        code=code_key("scripts.busi.evaluate"),
+        code=code_key("scripts.busi.evaluate", "scripts.common.plots"),
         folder=subpath(output.meta, parent=True),
     message:
         "Evaluate base and fine-tuned models on the test side ({wildcards.variant})"
@@ -538,5 +573,6 @@ rule busi_describe_model:
 rule busi:
     input:
         BUSI_RUNS.all("train", *rules.busi_evaluate.output),
+        BUSI_RUNS.all("train", rules.busi_draw_curves.output.loss, method=CONFIG.busi.methods),
         BUSI_RUNS.all("train", rules.busi_describe_model.output.card, method=CONFIG.busi.methods),
         expand(f"{BUSI}/audit_split/{{split}}/leakage_report.json", split=BUSI_SPLITS),

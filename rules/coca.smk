@@ -14,8 +14,8 @@ OUTPUTS (below {results}/coca/):
   and for each run of a variant (`main` is the configuration itself):
     encode_slides/{variant}/   latents/: of every slide, memory-mapped; before training by a frozen encoder, once for
                                all runs that share it; else after training
-    train/{variant}/           model.safetensors (best by validation), last.safetensors, metrics.json, loss.png,
-                               retrieval.png
+    train/{variant}/           model.safetensors (best by validation), last.safetensors, metrics.json
+    draw_curves/{variant}/     loss.png, retrieval.png
     caption/{variant}/         captions.parquet
     evaluate/{variant}/        metrics.json, scores.png, similarity.png, confusion.png
     describe_model/{variant}/  README.md (the card), model/
@@ -220,18 +220,6 @@ rule coca_train:
         weights=COCA_MODEL,
         last=f"{COCA}/train/{{variant}}/last.safetensors",
         metrics=f"{COCA}/train/{{variant}}/metrics.json",
-        loss=report(
-            f"{COCA}/train/{{variant}}/loss.png",
-            caption="captions/coca_loss.rst",
-            category="coca",
-            labels={"step": "train", "variant": "{variant}", "picture": "loss"},
-        ),
-        retrieval=report(
-            f"{COCA}/train/{{variant}}/retrieval.png",
-            caption="captions/coca_retrieval.rst",
-            category="coca",
-            labels={"step": "train", "variant": "{variant}", "picture": "retrieval"},
-        ),
         meta=f"{COCA}/train/{{variant}}/meta.json",
     log:
         f"{LOGS}/coca/train/{{variant}}.log",
@@ -273,6 +261,50 @@ rule coca_train:
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule coca_draw_curves:
+    input:
+        metrics=rules.coca_train.output.metrics,
+    output:
+        loss=report(
+            f"{COCA}/draw_curves/{{variant}}/loss.png",
+            caption="captions/coca_loss.rst",
+            category="coca",
+            labels={"step": "train", "variant": "{variant}", "picture": "loss"},
+        ),
+        retrieval=report(
+            f"{COCA}/draw_curves/{{variant}}/retrieval.png",
+            caption="captions/coca_retrieval.rst",
+            category="coca",
+            labels={"step": "train", "variant": "{variant}", "picture": "retrieval"},
+        ),
+        meta=f"{COCA}/draw_curves/{{variant}}/meta.json",
+    log:
+        f"{LOGS}/coca/draw_curves/{{variant}}.log",
+    benchmark:
+        f"{BENCHMARKS}/coca/draw_curves/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=COCA_RUNS.pattern,
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.coca.draw_curves", "scripts.common.plots"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Draw the curves of the CoCa model ({wildcards.variant})"
+    shell:
+        "{params.step} scripts.coca.draw_curves"
+        " --metrics {input.metrics:q}"
+        " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -364,7 +396,7 @@ rule coca_evaluate:
         tokenizer=subpath(input.tokenizer, parent=True),
         latents=subpath(input.latents, parent=True),
         settings=COCA_RUNS.numerics(evaluate="coca.evaluate", max_seq_len="coca.train.max_seq_len"),
-        code=code_key("scripts.coca.evaluate"),
+        code=code_key("scripts.coca.evaluate", "scripts.common.plots"),
         folder=subpath(output.metrics, parent=True),
     message:
         "Score captions and retrieval ({wildcards.variant})"
@@ -496,5 +528,6 @@ rule coca_predictions:
 rule coca:
     input:
         COCA_RUNS.all("train", rules.coca_evaluate.output.metrics),
+        COCA_RUNS.all("train", *rules.coca_draw_curves.output),
         COCA_RUNS.all("train", rules.coca_describe_model.output.card),
         rules.coca_predictions.input if COCA_NEW else [],

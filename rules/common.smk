@@ -217,7 +217,7 @@ class Runs:
             for path in expand(one, variant=name, **wildcards)
         }
 
-    def all(self, stage, *patterns, **wildcards):
+    def all(self, stage, /, *patterns, **wildcards):
         """The files of a stage for all runs, each once."""
         served = dict.fromkeys(self.serving[stage].values())
         return [path for name in served for one in patterns for path in expand(one, variant=name, **wildcards)]

@@ -12,7 +12,8 @@ OUTPUTS (below {results}/rae/):
     compute_latent_stats/{encoder}/  stat.pt: mean and variance of clean latents
     compute_reference_stats/         features of the validation pictures and of poor copies; floor.json
   and for each run of a variant (`main` is the configuration itself), all scored by main's networks:
-    train_autoencoder/{variant}/{encoder}/  autoencoder.safetensors (EMA decoder, statistics), metrics.json, loss.png
+    train_autoencoder/{variant}/{encoder}/  autoencoder.safetensors (EMA decoder, statistics), metrics.json
+    draw_curves/{variant}/{encoder}/        loss.png
     reconstruct/{variant}/{encoder}/        features.safetensors, images.parquet, reconstructions.png
     evaluate/{variant}/{encoder}/           metrics.json: rFID, PSNR, SSIM, LPIPS
     export/{variant}/{encoder}/             model/: decoder and statistics as safetensors and in the published layout
@@ -173,12 +174,6 @@ rule rae_train_autoencoder:
     output:
         weights=f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/autoencoder.safetensors",
         metrics=f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/metrics.json",
-        loss=report(
-            f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/loss.png",
-            caption="captions/rae_loss.rst",
-            category="rae",
-            labels={"step": "train_autoencoder", "variant": "{variant}", "encoder": "{encoder}", "picture": "loss"},
-        ),
         meta=f"{RAE}/train_autoencoder/{{variant}}/{{encoder}}/meta.json",
     log:
         f"{LOGS}/rae/train_autoencoder/{{variant}}/{{encoder}}.log",
@@ -230,6 +225,46 @@ rule rae_train_autoencoder:
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule rae_draw_curves:
+    input:
+        metrics=rules.rae_train_autoencoder.output.metrics,
+    output:
+        loss=report(
+            f"{RAE}/draw_curves/{{variant}}/{{encoder}}/loss.png",
+            caption="captions/rae_loss.rst",
+            category="rae",
+            labels={"step": "train_autoencoder", "variant": "{variant}", "encoder": "{encoder}", "picture": "loss"},
+        ),
+        meta=f"{RAE}/draw_curves/{{variant}}/{{encoder}}/meta.json",
+    log:
+        f"{LOGS}/rae/draw_curves/{{variant}}/{{encoder}}.log",
+    benchmark:
+        f"{BENCHMARKS}/rae/draw_curves/{{variant}}/{{encoder}}.tsv"
+    wildcard_constraints:
+        variant=RAE_RUNS.pattern,
+        encoder=RAE_ENCODER,
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.rae.draw_curves", "scripts.common.plots"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Draw the curves of {wildcards.encoder} ({wildcards.variant})"
+    shell:
+        "{params.step} scripts.rae.draw_curves"
+        " --name {wildcards.encoder}"
+        " --metrics {input.metrics:q}"
+        " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -586,5 +621,6 @@ rule rae_evaluate_published:
 rule rae:
     input:
         RAE_RUNS.all("train", rules.rae_evaluate.output.metrics, encoder=RAE_ENCODERS),
+        RAE_RUNS.all("train", rules.rae_draw_curves.output.loss, encoder=RAE_ENCODERS),
         RAE_RUNS.all("train", rules.rae_export.output.listing, encoder=RAE_ENCODERS),
         RAE_RUNS.all("train", rules.rae_describe_model.output.card, encoder=RAE_ENCODERS),

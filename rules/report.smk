@@ -150,7 +150,7 @@ rule report_draw_funnels:
     params:
         step=outside(STEP),
         summaries=outside(" ".join(f"--{name} {shlex.join(REPORT_FUNNELS[name])}" for name in REPORT)),
-        code=code_key("scripts.report.draw_funnels"),
+        code=code_key("scripts.report.draw_funnels", "scripts.common.plots"),
         folder=subpath(output.meta, parent=True),
     message:
         "Draw what became of the items"

@@ -14,7 +14,8 @@ OUTPUTS (below {results}/vase/):
     embed_images/       CLIP embeddings by shard
     score_images/       scores.parquet: each image against the prompts
   and for each run of a variant (`main` is the configuration itself; one that shares a classifier has none of its own):
-    train_classifier/{variant}/  classifier.safetensors, metrics.json, used.parquet, curves, confusion matrix
+    train_classifier/{variant}/  classifier.safetensors, metrics.json, used.parquet
+    draw_classifier/{variant}/   loss.png, accuracy.png, confusion.png
     classify_images/{variant}/   probability of high quality, by shard
     link_classes/{variant}/      classes/0, classes/1 (links), predictions.parquet
     choose_threshold/{variant}/  threshold.json, percentiles.csv, scores.png
@@ -241,24 +242,6 @@ rule vase_train_classifier:
         weights=f"{VASE}/train_classifier/{{variant}}/classifier.safetensors",
         metrics=f"{VASE}/train_classifier/{{variant}}/metrics.json",
         used=f"{VASE}/train_classifier/{{variant}}/used.parquet",
-        loss=report(
-            f"{VASE}/train_classifier/{{variant}}/loss.png",
-            caption="captions/vase_loss.rst",
-            category="vase",
-            labels={"step": "train_classifier", "variant": "{variant}", "picture": "loss"},
-        ),
-        accuracy=report(
-            f"{VASE}/train_classifier/{{variant}}/accuracy.png",
-            caption="captions/vase_accuracy.rst",
-            category="vase",
-            labels={"step": "train_classifier", "variant": "{variant}", "picture": "accuracy"},
-        ),
-        confusion=report(
-            f"{VASE}/train_classifier/{{variant}}/confusion.png",
-            caption="captions/vase_confusion.rst",
-            category="vase",
-            labels={"step": "train_classifier", "variant": "{variant}", "picture": "confusion matrix"},
-        ),
         meta=f"{VASE}/train_classifier/{{variant}}/meta.json",
     log:
         f"{LOGS}/vase/train_classifier/{{variant}}.log",
@@ -300,6 +283,56 @@ rule vase_train_classifier:
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_draw_classifier:
+    input:
+        metrics=rules.vase_train_classifier.output.metrics,
+    output:
+        loss=report(
+            f"{VASE}/draw_classifier/{{variant}}/loss.png",
+            caption="captions/vase_loss.rst",
+            category="vase",
+            labels={"step": "train_classifier", "variant": "{variant}", "picture": "loss"},
+        ),
+        accuracy=report(
+            f"{VASE}/draw_classifier/{{variant}}/accuracy.png",
+            caption="captions/vase_accuracy.rst",
+            category="vase",
+            labels={"step": "train_classifier", "variant": "{variant}", "picture": "accuracy"},
+        ),
+        confusion=report(
+            f"{VASE}/draw_classifier/{{variant}}/confusion.png",
+            caption="captions/vase_confusion.rst",
+            category="vase",
+            labels={"step": "train_classifier", "variant": "{variant}", "picture": "confusion matrix"},
+        ),
+        meta=f"{VASE}/draw_classifier/{{variant}}/meta.json",
+    log:
+        f"{LOGS}/vase/draw_classifier/{{variant}}.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/draw_classifier/{{variant}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.vase.draw_classifier", "scripts.common.plots"),
+        folder=subpath(output.meta, parent=True),
+    message:
+        "Draw the curves of the quality classifier ({wildcards.variant})"
+    shell:
+        "{params.step} scripts.vase.draw_classifier"
+        " --metrics {input.metrics:q}"
+        " --output-folder {params.folder:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -718,4 +751,5 @@ rule vase_quality:
 rule vase_images:
     input:
         VASE_RUNS.all("classifier", *rules.vase_select_views.output, *rules.vase_audit_split.output),
+        VASE_RUNS.all("classifier", *rules.vase_draw_classifier.output),
         [path for stage, pattern in VASE_METRIC_PATTERNS for path in VASE_RUNS.all(stage, pattern)],

@@ -162,12 +162,6 @@ rule vase_train_sft:
         best=f"{VASE}/train_sft/{{variant}}/best/files.json",
         last=f"{VASE}/train_sft/{{variant}}/last/files.json",
         metrics=f"{VASE}/train_sft/{{variant}}/metrics.json",
-        loss=report(
-            f"{VASE}/train_sft/{{variant}}/loss.png",
-            caption="captions/vase_sft_loss.rst",
-            category="vase",
-            labels={"step": "train_sft", "variant": "{variant}", "picture": "loss"},
-        ),
         meta=f"{VASE}/train_sft/{{variant}}/meta.json",
     log:
         f"{LOGS}/vase/train_sft/{{variant}}.log",
@@ -316,12 +310,6 @@ rule vase_train_grpo:
         last=f"{VASE}/train_grpo/{{variant}}/last/files.json",
         completions=f"{VASE}/train_grpo/{{variant}}/completions.jsonl",
         metrics=f"{VASE}/train_grpo/{{variant}}/metrics.json",
-        reward=report(
-            f"{VASE}/train_grpo/{{variant}}/reward.png",
-            caption="captions/vase_grpo_reward.rst",
-            category="vase",
-            labels={"step": "train_grpo", "variant": "{variant}", "picture": "reward"},
-        ),
         meta=f"{VASE}/train_grpo/{{variant}}/meta.json",
     log:
         f"{LOGS}/vase/train_grpo/{{variant}}.log",
@@ -364,6 +352,45 @@ rule vase_train_grpo:
         " --settings {params.settings:q}"
         " --settings {params.execution:q}"
         " --device {params.device}"
+        " --code-key {params.code}"
+        " --threads {threads}"
+        " --meta {output.meta:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule vase_draw_curves:
+    input:
+        metrics=f"{VASE}/train_{{stage}}/{{variant}}/metrics.json",
+    output:
+        picture=report(
+            f"{VASE}/draw_curves/{{variant}}/{{stage}}.png",
+            caption="captions/vase_curves.rst",
+            category="vase",
+            labels={"step": "train_{stage}", "variant": "{variant}", "picture": "curves"},
+        ),
+        meta=f"{VASE}/draw_curves/{{variant}}/{{stage}}.meta.json",
+    log:
+        f"{LOGS}/vase/draw_curves/{{variant}}/{{stage}}.log",
+    benchmark:
+        f"{BENCHMARKS}/vase/draw_curves/{{variant}}/{{stage}}.tsv"
+    wildcard_constraints:
+        variant=VASE_RUNS.pattern,
+        stage="sft|grpo",
+    conda:
+        "../envs/report.yaml"
+    threads: class_threads("light")
+    resources:
+        **class_resources("light"),
+    params:
+        step=outside(STEP),
+        code=code_key("scripts.vase.draw_curves", "scripts.common.plots"),
+    message:
+        "Draw the curves of {wildcards.stage} ({wildcards.variant})"
+    shell:
+        "{params.step} scripts.vase.draw_curves"
+        " --stage {wildcards.stage}"
+        " --metrics {input.metrics:q}"
+        " --output {output.picture:q}"
         " --code-key {params.code}"
         " --threads {threads}"
         " --meta {output.meta:q}"
@@ -496,7 +523,7 @@ rule vase_evaluate:
             numerics(evaluate="vase.evaluate", reward="vase.reward", clip="vase.clip"),
             reward={"format": VASE_RUNS.of(w).vase.reward.format},
         ),
-        code=code_key("scripts.vase.evaluate"),
+        code=code_key("scripts.vase.evaluate", "scripts.common.plots"),
         folder=subpath(output.meta, parent=True),
     message:
         "Score the answers of base, SFT and GRPO model ({wildcards.variant})"
@@ -613,6 +640,8 @@ VASE_ASKED = CONFIG.vase.dataset.questions or CONFIG.vase.dataset.captions
 rule vase:
     input:
         rules.vase_images.input,
+        VASE_RUNS.all("sft", rules.vase_draw_curves.output.picture, stage="sft"),
+        VASE_RUNS.all("grpo", rules.vase_draw_curves.output.picture, stage="grpo"),
         VASE_RUNS.all(
             "grpo",
             *rules.vase_estimate_memory.output,

@@ -37,6 +37,7 @@ VASE = [
     ("vase.prompts.positive=[one]", {"vase_score_images", *VASE_FILTER}),
 ]
 
+BUSI_TRAINING = {"busi_train_lora": 1, "busi_draw_curves": 1}
 BUSI_AFTER_TRAINING = {"busi_merge": 1, "busi_predict": 1, "busi_evaluate": 1, "busi_describe_model": 1}
 BUSI_EXECUTION = [
     ("busi.train.workers=2", NOTHING),
@@ -47,27 +48,29 @@ BUSI_EXECUTION = [
     ("busi.train.tracker=none", NOTHING),
 ]
 BUSI = [
-    ("busi.train.lr=1e-3", {"busi_train_lora": 1, **BUSI_AFTER_TRAINING}),
-    ("busi.lora.rank=8", {"busi_train_lora": 1, **BUSI_AFTER_TRAINING}),
+    ("busi.train.lr=1e-3", {**BUSI_TRAINING, **BUSI_AFTER_TRAINING}),
+    ("busi.lora.rank=8", {**BUSI_TRAINING, **BUSI_AFTER_TRAINING}),
     ("busi.merge.prompts=4", BUSI_AFTER_TRAINING),
     ("busi.predict.normalisation=sum", {"busi_predict": 2, "busi_evaluate": 1, "busi_describe_model": 1}),
     ("busi.evaluate.seed=1", {"busi_evaluate": 1, "busi_describe_model": 1}),
-    ("busi.variants.low.train.lr=1e-3", {"busi_train_lora": 1, **BUSI_AFTER_TRAINING}),
-    ("busi.methods=[lora,qlora]", {"busi_train_lora": 1, **BUSI_AFTER_TRAINING, "busi_describe_model": 2}),
+    ("busi.variants.low.train.lr=1e-3", {**BUSI_TRAINING, **BUSI_AFTER_TRAINING}),
+    ("busi.methods=[lora,qlora]", {**BUSI_TRAINING, **BUSI_AFTER_TRAINING, "busi_describe_model": 2}),
 ]
 
+COCA_TRAINING = {"train": 1, "draw_curves": 1}
 COCA_AFTER_TRAINING = dict.fromkeys(("encode_slides", "caption", "evaluate", "describe_model", "predict"), 1)
 COCA = [
-    ("coca.tokenizer.vocabulary=280", {"train_tokenizer": 1, "train": 1, **COCA_AFTER_TRAINING}),
-    ("coca.train.encoder_lr=1e-4", {"train": 1, **COCA_AFTER_TRAINING}),
+    ("coca.tokenizer.vocabulary=280", {"train_tokenizer": 1, **COCA_TRAINING, **COCA_AFTER_TRAINING}),
+    ("coca.train.encoder_lr=1e-4", {**COCA_TRAINING, **COCA_AFTER_TRAINING}),
     ("coca.encode.dtype=float32", {"encode_slides": 1, "caption": 1, "evaluate": 1, "describe_model": 1}),
     ("coca.caption.max_length=9", {"caption": 1, "evaluate": 1, "describe_model": 1, "predict": 1}),
     ("coca.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
     ("coca.predict.texts=[淋巴瘤]", {"predict": 1}),
-    ("coca.variants.main.seeds=[42,7]", {"train": 1, **COCA_AFTER_TRAINING}),
+    ("coca.variants.main.seeds=[42,7]", {**COCA_TRAINING, **COCA_AFTER_TRAINING}),
     ("coca.variants.same.train.lr=1e-3", NOTHING),
 ]
 
+RAE_TRAINING = {"train_autoencoder": 1, "draw_curves": 1}
 RAE_AFTER_TRAINING = {"reconstruct": 1, "evaluate": 1, "export": 1, "describe_model": 1}
 RAE_SCORING = {"compute_reference_stats": 1, "reconstruct": 1, "evaluate": 1, "describe_model": 1}
 RAE = [
@@ -78,20 +81,21 @@ RAE = [
         NOTHING,
     ),
     ("rae.evaluate.extractor=inception-v3-compat", RAE_SCORING),
-    ("rae.autoencoder.lr=1e-3", {"train_autoencoder": 1, **RAE_AFTER_TRAINING}),
-    ("rae.variants.main.seeds=[42,7]", {"train_autoencoder": 1, **RAE_AFTER_TRAINING}),
+    ("rae.autoencoder.lr=1e-3", {**RAE_TRAINING, **RAE_AFTER_TRAINING}),
+    ("rae.variants.main.seeds=[42,7]", {**RAE_TRAINING, **RAE_AFTER_TRAINING}),
     ("rae.variants.same.autoencoder.lr=5e-3", NOTHING),
 ]
 
+BIOMEDICA_TRAININGS = {"train_clip": 4, "draw_curves": 4}
 BIOMEDICA_AFTER_TRAINING = dict.fromkeys(("evaluate", "export", "describe_model"), 1)
 BIOMEDICA = [
-    ("biomedica.train.lr=2e-3", {"train_clip": 4, **BIOMEDICA_AFTER_TRAINING}),
-    ("biomedica.plan.epochs=3", {"plan": 2, "train_clip": 4, **BIOMEDICA_AFTER_TRAINING}),
+    ("biomedica.train.lr=2e-3", {**BIOMEDICA_TRAININGS, **BIOMEDICA_AFTER_TRAINING}),
+    ("biomedica.plan.epochs=3", {"plan": 2, **BIOMEDICA_TRAININGS, **BIOMEDICA_AFTER_TRAINING}),
     ("biomedica.evaluate.ks=[1,5]", {"evaluate": 1, "describe_model": 1}),
     ("biomedica.compare_seeds=[0]", {"evaluate": 1, "describe_model": 1}),
-    ("biomedica.compare_seeds=[0,1,2]", {"train_clip": 2, "evaluate": 1, "describe_model": 1}),
-    ("biomedica.variants.low.train.lr=2e-3", {"train_clip": 4, **BIOMEDICA_AFTER_TRAINING}),
-    ("biomedica.variants.long.plan.epochs=3", {"plan": 2, "train_clip": 4, **BIOMEDICA_AFTER_TRAINING}),
+    ("biomedica.compare_seeds=[0,1,2]", {"train_clip": 2, "draw_curves": 2, "evaluate": 1, "describe_model": 1}),
+    ("biomedica.variants.low.train.lr=2e-3", {**BIOMEDICA_TRAININGS, **BIOMEDICA_AFTER_TRAINING}),
+    ("biomedica.variants.long.plan.epochs=3", {"plan": 2, **BIOMEDICA_TRAININGS, **BIOMEDICA_AFTER_TRAINING}),
     ("biomedica.variants.main.seeds=[0,1]", BIOMEDICA_AFTER_TRAINING),  # both are trained already, for the comparison
 ]
 
@@ -109,6 +113,11 @@ CODE = [
         set(),
     ),
     (
+        "the look of pictures (scripts/common/plots.py)",
+        [("scripts/common/plots.py", "DPI = 110", "DPI = 120")],
+        {"vase_draw_classifier"},
+    ),
+    (
         "how an embedding is computed (scripts/vase/clip.py)",
         [("scripts/vase/clip.py", "embeddings.mean(0)", "embeddings.sum(0)")],
         {"vase_embed_images", "vase_score_images", *VASE_FILTER},
@@ -116,7 +125,7 @@ CODE = [
     (
         "how a classifier is trained (scripts/vase/classifier_training.py)",
         [("scripts/vase/classifier_training.py", "zero_grad(set_to_none=True)", "zero_grad(set_to_none=False)")],
-        {"vase_train_classifier", "vase_classify_images", "vase_link_classes", *VASE_FILTER},
+        {"vase_train_classifier", "vase_draw_classifier", "vase_classify_images", "vase_link_classes", *VASE_FILTER},
     ),
 ]
 

@@ -256,7 +256,7 @@ def test_an_environment_holds_all_that_its_rule_imports(name):
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if module_of(rule)])
 def test_a_rules_code_key_is_of_its_own_step(name):
-    """Or of modules that the step imports, where only some decide numbers."""
+    """Or of modules that the step imports, where only some decide numbers; and of calm ones that they import."""
     rule = RULES[name]
     module = module_of(rule)
     code = re.search(r"code=code_key\((.*?)\)", rule.sections["params"], flags=re.DOTALL)[1]
@@ -265,4 +265,7 @@ def test_a_rules_code_key_is_of_its_own_step(name):
         code = re.search(rf"^{code[1:]} = \((.*?)\)", text, flags=re.DOTALL | re.MULTILINE)[1]
     named = set(re.findall(r"\"([\w.]+)\"", code))
     assert named
-    assert named <= code_key._closure((module,), ROOT)
+    counted = code_key._closure((module,), ROOT)
+    assert named - code_key.CALM <= counted
+    files = {one: code_key._file_of(one, ROOT) for one in counted}
+    assert named & code_key.CALM <= set().union(*(code_key._imports(one, file) for one, file in files.items()))

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
@@ -35,7 +34,7 @@ from scripts.biomedica.settings import (
     TrainSettings,
 )
 from scripts.biomedica.training import KS, Fit, Loader, Validation
-from scripts.common import artefacts, devices, disk, plots, retrieval, step, tables, trackers
+from scripts.common import artefacts, devices, disk, retrieval, step, tables, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -264,7 +263,6 @@ def write(folder: Path, fit: Fit, clip: model.Clip, meta: Path, record) -> None:
         )  # fmt: skip
         checkpoints.save(path, fit.model, facts)
 
-    pictures = draw(folder, fit)
     metrics, last, best = (folder / name for name in ("metrics.json", "last.safetensors", "model.safetensors"))
     remote, rejected = folder / "remote_index.parquet", folder / "remote_rejected.tsv"
     seen = {name: history[-1][name] for name in ("samples_local", "samples_streamed")}
@@ -272,6 +270,8 @@ def write(folder: Path, fit: Fit, clip: model.Clip, meta: Path, record) -> None:
     artefacts.write_json(metrics, {
         "arm": plan.arm, "seed": fit.values.seed, "steps": at.step, "batch_size": plan.batch_size,
         "guess_loss": math.log(plan.batch_size), "validation_pairs": len(fit.validation.images),
+        "chance_recalls": {k: retrieval.chance_recall(fit.validation.caption_ids, k)
+                           for k in KS if k <= len(fit.validation.images)},
         "chosen": {"epoch": at.best_epoch + 1, **history[at.best_epoch]},
         "samples": {"planned": planned, "seen": sum(seen.values()), **seen},
         "streamed_without_a_pair": dict(sorted(Counter(status for status, _ in at.rejected.values()).items())),
@@ -289,8 +289,7 @@ def write(folder: Path, fit: Fit, clip: model.Clip, meta: Path, record) -> None:
         "waited_share": round(at.totals["waited"] / at.totals["seconds"], 4),
         "unreachable": {name: {"reason": why, "pairs": pairs} for name, (why, pairs) in sorted(at.unreachable.items())},
     }  # fmt: skip
-    outputs = [best, last, metrics, remote, rejected, *pictures]
-    record.write(meta, outputs, items=at.step * plan.batch_size)
+    record.write(meta, [best, last, metrics, remote, rejected], items=at.step * plan.batch_size)
 
 
 def write_rejected(path: Path, rejected: dict[tuple[str, str], tuple[str, str]]) -> None:
@@ -298,30 +297,6 @@ def write_rejected(path: Path, rejected: dict[tuple[str, str], tuple[str, str]])
     rows = [(*place, *why) for place, why in sorted(rejected.items())]
     with artefacts.atomic_path(path) as temporary:
         pd.DataFrame(rows, columns=REJECTED).to_csv(temporary, sep="\t", index=False)
-
-
-def draw(folder: Path, fit: Fit) -> list[Path]:
-    """Curves of losses and of validation recalls, as PNG; returns their paths."""
-    history, chosen = fit.at.history, f"epoch {fit.at.best_epoch + 1} chosen"
-    epochs = np.arange(1, len(history) + 1)
-    made = [folder / "loss.png", folder / "retrieval.png"]
-    lines = {
-        name: (epochs, [row[key] for row in history]) for name, key in (("train", "loss"), ("validation", "val_loss"))
-    }
-    size, pairs = fit.plan.batch_size, len(fit.validation.images)
-    floors = {f"a guess, ln({size})": math.log(size)}
-    if pairs < size:
-        floors[f"a guess on validation, ln({pairs})"] = math.log(pairs)
-    plots.curves(made[0], lines, "epoch", "contrastive loss", f"CLIP: loss ({chosen})", floors)
-    recalls = {
-        f"{way.replace('_', ' ')}, R@{k}": (epochs, [row[f"val_{way}_r{k}"] for row in history])
-        for way in ("image_to_text", "text_to_image") for k in KS if f"val_{way}_r{k}" in history[0]
-    }  # fmt: skip
-    ids = fit.validation.caption_ids
-    guesses = {f"R@{k}, a guess": retrieval.chance_recall(ids, k) for k in KS if k <= pairs}
-    title = f"CLIP: retrieval on validation (n = {pairs}, {chosen})"
-    plots.curves(made[1], recalls, "epoch", "recall", title, guesses)
-    return made
 
 
 if __name__ == "__main__":

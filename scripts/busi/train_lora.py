@@ -18,7 +18,7 @@ from scripts.busi import fine_tuning, lora
 from scripts.busi.chat_examples import ChatExamples
 from scripts.busi.chat_rows import read_rows
 from scripts.busi.settings import TrainLoraSettings
-from scripts.common import artefacts, devices, disk, model_folders, plots, preflight, step, trackers, trivial, vlm
+from scripts.common import artefacts, devices, disk, model_folders, preflight, step, trackers, trivial, vlm
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.locks import writer_lock
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--validation", type=Path, required=True, help="validation.jsonl of the same rule")
     made.add_argument("--state-folder", type=Path, required=True, help="where the resumable state lies")
     made.add_argument("--tracker-folder", type=Path, required=True, help="TensorBoard or W&B files")
-    made.add_argument("--output-folder", type=Path, required=True, help="final_model/, metrics.json, loss.png")
+    made.add_argument("--output-folder", type=Path, required=True, help="final_model/, metrics.json")
     run(made.parse_args(argv))
 
 
@@ -142,23 +142,13 @@ def write(args, values: TrainLoraSettings, trainer, processor, record) -> None:
     """Write all outputs; the model's listing last but for the record."""
     folder = args.output_folder
     folder.mkdir(parents=True, exist_ok=True)
-    curves = history(trainer.state.log_history)
-    lines = {
-        "train": ([row["step"] for row in curves["train"]], [row["loss"] for row in curves["train"]]),
-        "validation": (
-            [row["step"] for row in curves["validation"]],
-            [row["eval_loss"] for row in curves["validation"]],
-        ),
-    }
-    loss, metrics = folder / "loss.png", folder / "metrics.json"
+    metrics = folder / "metrics.json"
     rows = read_rows(args.train)
     answers = [vlm.answer_ids(processor.tokenizer, answer).tolist() for answer in rows["answer"]]
     guess = trivial.guess_loss(rows["prompt"], answers)
-    title = f"BUSI fine-tune ({args.method}): loss"
-    plots.curves(loss, lines, "optimiser step", "loss per answer token", title, {trivial.GUESS: guess})
     trained, parameters = fine_tuning.trainable(trainer.model)
     facts = {"trained_parameters": trained, "parameters": parameters, "guess_loss": guess}
-    artefacts.write_json(metrics, {**facts, **curves})
+    artefacts.write_json(metrics, {**facts, **history(trainer.state.log_history)})
     final = folder / "final_model"
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = args.base.name  # a path of this machine helps nobody
@@ -168,7 +158,7 @@ def write(args, values: TrainLoraSettings, trainer, processor, record) -> None:
         processor.save_pretrained(temporary)
         listing = artefacts.describe_files(sorted(p for p in temporary.iterdir() if p.is_file()))
         artefacts.write_json(temporary / "files.json", listing)
-    record.write(args.meta, [final / "files.json", metrics, loss], items=trainer.state.global_step)
+    record.write(args.meta, [final / "files.json", metrics], items=trainer.state.global_step)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from scripts.coca.pairs import Images, Pairs, StoredLatents, TileDraws
 from scripts.coca.settings import EncoderSettings, ModelSettings, TrainSettings
 from scripts.coca.slide_model import SlideModel
 from scripts.coca.training import KS, Fit, check_batches
-from scripts.common import artefacts, devices, disk, plots, retrieval, step, trackers
+from scripts.common import artefacts, devices, disk, retrieval, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -222,12 +222,18 @@ def write(folder: Path, fit: Fit, keep, epochs: Path, meta: Path, record) -> Non
     """Write all outputs; the weights last but for the record."""
     at = fit.at
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(folder, fit)
     metrics, last, best = (folder / name for name in ("metrics.json", "last.safetensors", "model.safetensors"))
     counts = {side: {"pairs": len(pairs), "cut_texts": pairs.cut, "distinct_texts": len(np.unique(pairs.codes))}
               for side, pairs in (("train", fit.train), ("validation", fit.validation))}  # fmt: skip
     chosen = {"epoch": at.best_epoch + 1, **at.history[at.best_epoch]}
-    artefacts.write_json(metrics, {"steps": at.step, "chosen": chosen, "sides": counts, "history": at.history})
+    guessed = fit.values.contrastive_weight * math.log(len(fit.train) / fit.steps_per_epoch)
+    artefacts.write_json(metrics, {
+        "steps": at.step, "chosen": chosen, "sides": counts,
+        "guess_losses": {"contrastive": guessed} if "contrastive" in at.history[0] else {},
+        "chance_recalls": {k: retrieval.chance_recall(fit.validation.codes, k)
+                           for k in KS if f"val_r{k}" in at.history[0]},
+        "history": at.history,
+    })  # fmt: skip
     with artefacts.atomic_folder(folder / "epochs") as temporary:
         for path in sorted(epochs.glob("*.safetensors")):
             shutil.copyfile(path, temporary / path.name)
@@ -236,26 +242,7 @@ def write(folder: Path, fit: Fit, keep, epochs: Path, meta: Path, record) -> Non
     fit.model.load_state_dict(at.best)
     keep(best, (at.best_epoch + 1) * fit.steps_per_epoch, at.best_epoch + 1)
     kept = [folder / "epochs" / name for name in [*names, "files.json"]]
-    record.write(meta, [best, last, metrics, *pictures, *kept], items=at.step * fit.values.batch_size)
-
-
-def draw(folder: Path, fit: Fit) -> list[Path]:
-    """Curves of losses and of validation recalls, as PNG; returns their paths."""
-    history, chosen = fit.at.history, f"epoch {fit.at.best_epoch + 1} chosen"
-    epochs = list(range(1, len(history) + 1))
-    made = [folder / "loss.png", folder / "retrieval.png"]
-    lines = {f"{name}, {side}": (epochs, [row[key + name] for row in history])
-             for name in ("caption", "contrastive") for side, key in (("train", ""), ("validation", "val_"))
-             if all(key + name in row for row in history)}  # fmt: skip
-    guessed = fit.values.contrastive_weight * math.log(len(fit.train) / fit.steps_per_epoch)
-    floors = {"contrastive, a guess": guessed} if "contrastive" in history[0] else None
-    plots.curves(made[0], lines, "epoch", "loss", f"CoCa: weighted losses ({chosen})", floors)
-    ks = [k for k in KS if f"val_r{k}" in history[0]]
-    recalls = {f"R@{k}": (epochs, [row[f"val_r{k}"] for row in history]) for k in ks}
-    title = f"CoCa: retrieval on validation, both ways (n = {len(fit.validation)}, {chosen})"
-    guesses = {f"R@{k}, a guess": retrieval.chance_recall(fit.validation.codes, k) for k in ks}
-    plots.curves(made[1], recalls, "epoch", "recall", title, guesses)
-    return made
+    record.write(meta, [best, last, metrics, *kept], items=at.step * fit.values.batch_size)
 
 
 if __name__ == "__main__":

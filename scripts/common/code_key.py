@@ -13,8 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "scripts"
-# Modules that decide no number and no byte of an output, so that editing them reruns nothing: neither they nor what
-# only they import counts for a step that imports them. A module belongs here only by that rule.
+# Modules that decide no number and no byte of an output but how a picture looks, so that editing them reruns nothing:
+# neither they nor what only they import counts for a step that imports them. A module belongs here only by that rule.
+# Rules that no training follows name the looks of their pictures themselves, and draw them anew.
 CALM = frozenset(
     f"{PACKAGE}.common.{name}"
     for name in (
@@ -30,7 +31,9 @@ CALM = frozenset(
         "launch",  # starts processes
         "locks",  # keeps others out
         "log_text",  # shortens logs
+        "plots",  # looks of pictures
         "progress",  # shows how far a loop is; what it yields is what it was given
+        "sheets",  # looks of pictures
         "slurm",  # asks Slurm
         "spent",  # removes states of trainings that are done
         "status",  # prints a table of trainings

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.common import artefacts, devices, disk, model_folders, plots, step, trackers
+from scripts.common import artefacts, devices, disk, model_folders, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
@@ -206,28 +206,22 @@ def flat_l1(dataset: Path, image_size: int) -> float:
 def write(args, values: TrainAutoencoderSettings, fit: Fit, mean: torch.Tensor, var: torch.Tensor, record) -> None:
     """Write all outputs; the weights last but for the record."""
     folder, history = args.output_folder, fit.at.history
-    epochs = list(range(1, len(history) + 1))
-    lines = {}
-    lpips = "LPIPS" if values.perceptual.backbone is None else "LPIPS (random features)"
-    for name, label in (("l1", "L1"), ("lpips", lpips), ("discriminator", "discriminator (hinge)")):
-        known = [(epoch, row[name]) for epoch, row in zip(epochs, history, strict=True) if name in row]
-        if known:
-            lines[label] = tuple(zip(*known, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
-    picture, metrics, weights = (folder / name for name in ("loss.png", "metrics.json", "autoencoder.safetensors"))
-    floors = {"L1, a picture's mean colour": flat_l1(args.dataset, values.image_size)}
+    metrics, weights = folder / "metrics.json", folder / "autoencoder.safetensors"
+    floors = {"l1": flat_l1(args.dataset, values.image_size)}
     if any("discriminator" in row for row in history):
         undecided = torch.zeros(1)
-        floors["discriminator, a guess"] = float(losses.discriminator_loss(undecided, undecided))
-    title = f"Autoencoder on {args.name}: losses"
-    plots.curves(picture, lines, "epoch", "loss", title, floors, logarithmic=True)
-    artefacts.write_json(metrics, {"steps": fit.at.step, "history": history})
+        floors["discriminator"] = float(losses.discriminator_loss(undecided, undecided))
+    artefacts.write_json(metrics, {
+        "steps": fit.at.step, "random_features": values.perceptual.backbone is not None, "floors": floors,
+        "history": history,
+    })  # fmt: skip
     facts = checkpoints.Facts(
         args.name, checkpoints.identity(args.encoder), values.encoder.input_size, values.image_size,
         tuple(decoder_size(values.decoder)), values.autoencoder.tau, fit.at.step,
     )  # fmt: skip
     checkpoints.save(weights, fit.ema, mean, var, facts)
-    record.write(args.meta, [weights, metrics, picture], items=fit.at.step * values.autoencoder.batch_size)
+    record.write(args.meta, [weights, metrics], items=fit.at.step * values.autoencoder.batch_size)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from scripts.common import artefacts, plots, step, trackers
+from scripts.common import artefacts, step, trackers
 from scripts.common.errors import KilnError
 from scripts.common.spent import let_go
 from scripts.common.trainer_checkpoints import WholeCheckpoints, from_rank_0, newest_complete, step_of
@@ -216,20 +216,14 @@ def _portable(config: Mapping[str, Any], base_name: str) -> dict[str, Any]:
     return {**listed, "base_model_name_or_path": base_name, "revision": None}
 
 
-def write_curves(
-    folder: Path, state: Mapping[str, Any], title: str, what: str, label: str, floors: Mapping[str, float]
-) -> tuple[Path, Path]:
-    """metrics.json and a plot of `what` over steps, with dashed `floors` {label: value}; their paths."""
-    curves = history(state["log_history"])
-    metrics, picture = folder / "metrics.json", folder / f"{what}.png"
+def write_metrics(folder: Path, state: Mapping[str, Any], floors: Mapping[str, float]) -> Path:
+    """metrics.json: what the Trainer logged, and `floors` {label: value} to draw beside it; its path."""
+    metrics = folder / "metrics.json"
     best = {"best_step": state.get("best_global_step"), "best_metric": state.get("best_metric")}
-    artefacts.write_json(metrics, {"steps": state["global_step"], **best, "floors": dict(floors), **curves})
-    lines = {"train": curves["train"], "validation": curves["validation"]}
-    names = {"train": what, "validation": f"eval_{what}"}
-    kept = {side: [row for row in rows if names[side] in row] for side, rows in lines.items()}
-    drawn = {s: ([row["step"] for row in rows], [row[names[s]] for row in rows]) for s, rows in kept.items() if rows}
-    plots.curves(picture, drawn, "optimiser step", label, title, floors)
-    return metrics, picture
+    artefacts.write_json(
+        metrics, {"steps": state["global_step"], **best, "floors": dict(floors), **history(state["log_history"])}
+    )
+    return metrics
 
 
 def quiet_other_ranks() -> None:

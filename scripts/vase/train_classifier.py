@@ -18,7 +18,6 @@ from scripts.common import (
     classification,
     devices,
     disk,
-    plots,
     preflight,
     statistics,
     step,
@@ -114,22 +113,6 @@ def score(fit: Fit, values: ClassifierSettings, table: pd.DataFrame, folder: Pat
     return report
 
 
-def draw(folder: Path, history: list[dict], report: dict) -> list[Path]:
-    """Curves and confusion matrix as PNG; returns their paths."""
-    epochs = list(range(1, len(history) + 1))
-    made = [folder / "loss.png", folder / "accuracy.png", folder / "confusion.png"]
-    for path, name, floors in (
-        (made[0], "loss", {"ln 2 (chance)": float(np.log(2))}),
-        (made[1], "accuracy", {"majority answer": report["accuracy"]["baseline"]}),
-    ):
-        lines = {side: (epochs, [row[f"{key}_{name}"] for row in history])
-                 for side, key in (("train", "train"), ("validation", "val"))}  # fmt: skip
-        plots.curves(path, lines, "epoch", name, f"Quality classifier: {name}", floors)
-    title = f"Quality classifier, test side (n = {report['n']})"
-    plots.confusion_matrix(made[2], report["confusion_matrix"], list(classifier.CLASSES), title)
-    return made
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     made = step.parser(__doc__, ClassifierSettings)
     step.add_device(made)
@@ -182,7 +165,6 @@ def write(args, values, fit: Fit, report: dict, table: pd.DataFrame, record, acc
     """Write all outputs; the weights last but for the record."""
     folder = args.output_folder
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(folder, fit.at.history, report)
     metrics, used, weights = (folder / n for n in ("metrics.json", "used.parquet", "classifier.safetensors"))
     best = {"best_epoch": fit.at.best_epoch + 1, **fit.at.history[fit.at.best_epoch]}
     summary = {"classifier_accuracy": report["accuracy"]}
@@ -193,7 +175,7 @@ def write(args, values, fit: Fit, report: dict, table: pd.DataFrame, record, acc
         classifier.save(accelerator.unwrap_model(fit.model), values, temporary)
     accuracy = report["accuracy"]
     step.log.info("test accuracy %.3f [%.3f, %.3f], n = %d", accuracy["value"], *accuracy["ci95"], accuracy["n"])
-    record.write(args.meta, [weights, metrics, used, *pictures], items=fit.at.step * values.batch_size)
+    record.write(args.meta, [weights, metrics, used], items=fit.at.step * values.batch_size)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> None:
 def write(args: argparse.Namespace, values: TrainGrpoSettings, folder: Path, state: dict, record) -> None:
     """Write all outputs; the model's listing last but for the record."""
     out = args.output_folder
-    floors, label = {"majority answers": majority_reward(args.train, values)}, "mean reward of a step's samples"
-    curves = swift_training.write_curves(out, state, "Vase GRPO: reward", "reward", label, floors)
+    floors = {"majority answers": majority_reward(args.train, values)}
+    metrics = swift_training.write_metrics(out, state, floors)
     completions = out / "completions.jsonl"
     with artefacts.atomic_path(completions) as temporary:
         shutil.copyfile(folder / "completions.jsonl", temporary)
     listing = swift_training.write_model(newest_complete(folder), out / "last", args.model.name)
-    record.write(args.meta, [listing, completions, *curves], items=state["global_step"])
+    record.write(args.meta, [listing, completions, metrics], items=state["global_step"])
 
 
 def majority_reward(train: Path, values: TrainGrpoSettings) -> float:

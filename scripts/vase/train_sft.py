@@ -67,15 +67,14 @@ def write(args: argparse.Namespace, values: TrainSftSettings, folder: Path, stat
     best = whole.get(f"checkpoint-{state['best_global_step']}")
     if best is None:
         raise KilnError(f"{folder}: no checkpoint was validated", "make vase.sft.save_steps a multiple of eval_steps")
-    floors, label = guess(args, values.vlm.template), "loss per answer token"
-    curves = swift_training.write_curves(args.output_folder, state, "Vase SFT: loss", "loss", label, floors)
+    metrics = swift_training.write_metrics(args.output_folder, state, guess(args, values.vlm.template))
     last = whole[f"checkpoint-{state['global_step']}"]
     base = args.model.name
     listings = [
         swift_training.write_model(checkpoint, args.output_folder / name, base)
         for name, checkpoint in (("best", best), ("last", last))
     ]
-    record.write(args.meta, [*listings, *curves], items=state["global_step"])
+    record.write(args.meta, [*listings, metrics], items=state["global_step"])
 
 
 def guess(args: argparse.Namespace, template: str) -> dict[str, float]:
