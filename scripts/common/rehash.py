@@ -21,7 +21,7 @@ def mark_changed(
 ) -> ShardTable:
     """`table`, in which each file whose content is not what its shard's table says is of the next generation.
 
-    Files are read in parallel, in pieces, shard by shard; only those of shards that have been inspected are.
+    So is each file of a shard that has no table yet. The others are read in parallel, in pieces, shard by shard.
 
     Args:
         path: where the table is kept; it is written there if `write` is true and something changed.
@@ -45,9 +45,14 @@ def mark_changed(
         say(f"rehash: {name} differs, and is listed anew")
     if len(changed) > SHOWN:
         say(f"rehash: ... and {len(changed) - SHOWN} more")
-    if not changed:
+    # Of a shard without a table, as after `make reshard`, nothing can be compared, and what is kept of it may be stale.
+    unknown = [path for name in table.names() if not (inspected / f"{name}.parquet").is_file()
+               for path in table.rows(name)["path"].to_pylist()]  # fmt: skip
+    if unknown:
+        say(f"rehash: {len(unknown)} more files are of shards without a table, and are all inspected anew")
+    if not changed and not unknown:
         return table
-    marked = table.renewed(changed)
+    marked = table.renewed([*changed, *unknown])
     if write:
         marked.save(path)
     return marked
