@@ -65,6 +65,14 @@ def test_settings_are_told_by_their_dotted_keys(results, other, capsys):
     assert "the same: code, data, packages, outputs, scores" in text
 
 
+def test_settings_of_pipelines_that_took_no_part_do_not_count(results, other, capsys):
+    settings = yaml.safe_load((other / "config.yaml").read_text())
+    settings |= {"biomedica": {"train": {"lr": 1.0}}, "device": "cuda"}
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    found, _ = compare(results, other, capsys)
+    assert set(only(found, "settings")) == {"device"}
+
+
 def test_code_is_told_by_step_and_module(results, other, capsys):
     old = json.loads((results / "vase/train_sft/main/meta.json").read_text())["code"]
     edit(other / "vase/train_sft/main/meta.json", lambda meta: meta.update(code="f" * 64))

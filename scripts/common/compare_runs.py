@@ -17,6 +17,7 @@ from scripts.common import run_records, step, tables
 from scripts.common.artefacts import read_json, write_json
 from scripts.common.run_records import Records
 
+SCRIPTS = Path(__file__).resolve().parents[1]
 SHOWN = 12  # of long lists
 ABSENT = "none"
 LISTS = ("manifest.parquet", "labelled.parquet")  # tables of raw files: columns path, sha256
@@ -33,7 +34,7 @@ def compare(a: Path, b: Path) -> dict[str, Found]:
     """
     first, second = run_records.read(a), run_records.read(b)
     return {
-        "settings": _differing(_settings(first), _settings(second)),
+        "settings": _settings_of_both(first, second),
         "code": _code(first, second),
         "data": _lists(first, second) | _differing(_raw_inputs(first), _raw_inputs(second)),
         "packages": _differing(_packages(first), _packages(second)),
@@ -47,6 +48,15 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Found:
     sides = {"a": a, "b": b}
     both = {key: {name: one[key] for name, one in sides.items() if key in one} for key in sorted(a.keys() | b.keys())}
     return {key: found for key, found in both.items() if len(found) < 2 or found["a"] != found["b"]}
+
+
+def _settings_of_both(first: Records, second: Records) -> Found:
+    """Without the sections of pipelines that took no part in either."""
+    found = _differing(_settings(first), _settings(second))
+    sections = {key.partition(".")[0] for key in found}
+    took_part = {one.step.split(".")[0] for records in (first, second) for one in records.artefacts}
+    idle = {name for name in sections - took_part if (SCRIPTS / name / "settings.py").is_file()}
+    return {key: sides for key, sides in found.items() if key.partition(".")[0] not in idle}
 
 
 def _settings(records: Records) -> dict[str, Any]:

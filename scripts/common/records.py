@@ -109,7 +109,7 @@ def _set_times(results: Path, rows: list[Row]) -> None:
             f"{results}: this folder was copied, and not all of it arrived as it was:\n"
             + "\n".join(f"    {text}" for text in wrong[:SHOWN])
             + more,
-            "copy again what is named, or delete it, to have it made anew",
+            "copy again what is named, or delete it: the next run that needs it makes it anew",
         )
     try:
         for path, row in standing:

@@ -67,7 +67,7 @@ def _known(table: ShardTable, inspected: Path) -> Iterator[tuple[str, str]]:
         try:
             columns = pq.read_table(file, columns=["path", "sha256"]).to_pydict()
         except (pa.ArrowException, OSError) as error:
-            raise KilnError(f"{file}: unreadable table: {error}", "delete it: it is then made anew") from None
+            raise KilnError(f"{file}: unreadable table: {error}", f"rm {file}: the next run makes it anew") from None
         there = set(table.rows(name)["path"].to_pylist())
         yield from (pair for pair in zip(columns["path"], columns["sha256"], strict=True) if pair[0] in there)
 

@@ -35,6 +35,7 @@ def introduction(config: Mapping[str, Any], configfiles: Sequence[Path], argv: S
     page = f"[{INDEX}]({INDEX}): the numbers with their baselines, pictures, time and memory"
     if not (results / INDEX).is_file():
         page = "not made yet; the target `report` makes it"
+    made = [name for name in config["pipelines"] if (results / name).is_dir()]
     lines = [
         f"# {results}",
         "",
@@ -42,7 +43,7 @@ def introduction(config: Mapping[str, Any], configfiles: Sequence[Path], argv: S
         "",
         f"- front page: {page}",
         f"- last run: ended on {when}, in `{here}`, by code `{code}`",
-        f"- pipelines: {', '.join(config['pipelines'])}",
+        f"- pipelines: {', '.join(made) or 'none yet'}",
         f"- settings: {files}; all values, with the defaults: [config.yaml](config.yaml)",
         "",
     ]
