@@ -21,7 +21,7 @@ from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.drawn import uses_drawn_data
 from scripts.report.fonts import embedded_face
-from scripts.report.headlines import digits, verdict
+from scripts.report.headlines import counted, digits, shown, verdict
 from scripts.report.jobs import record_files
 from scripts.report.overview import main_metric
 from scripts.report.pictures import Kind, Picture, by_kind, find_pictures
@@ -178,8 +178,8 @@ def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     made.lstrip_blocks = True
-    made.globals |= {"bar": bar, "digits": digits, "embedded": embedded, "form": form}
-    made.globals |= {"not_better": not_better, "size": size, "verdict": verdict}
+    made.globals |= {"bar": bar, "counted": counted, "digits": digits, "embedded": embedded, "form": form}
+    made.globals |= {"not_better": not_better, "shown": shown, "size": size, "verdict": verdict}
     return made.get_template("index.html.jinja")
 
 
