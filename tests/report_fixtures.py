@@ -54,7 +54,11 @@ def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
     pd.DataFrame(funnels).to_csv(folder / "funnels.csv", index=False)
     rules = {"rule": "coca_train", "jobs": 1, "seconds": 7200.0, "longest": 7200.0, "cpu_seconds": 3.0,
              "peak_rss_mb": 1234.5, "peak_vram_mb": None, "items": 10, "items_per_second": 2.5}  # fmt: skip
-    pd.DataFrame([rules]).to_csv(folder / "rules.csv", index=False)
+    short = {"rule": "coca_split", "jobs": 2, "seconds": 0.06, "longest": 0.03, "cpu_seconds": 0.0, "peak_rss_mb": 50.0}
+    waiting = short | {"rule": "demo_serve_hub", "seconds": 900.0}
+    units = [{"unit": "slides"}, {"unit": "slides"}, {"unit": "images"}]
+    made = [one | unit for one, unit in zip((rules, short, waiting), units, strict=True)]
+    pd.DataFrame(made).to_csv(folder / "rules.csv", index=False)
     pd.DataFrame({"slide": ["P1"], "text": ["<b>bold</b>"], "caption": [caption]}).to_parquet(
         folder / "captions.parquet"
     )

@@ -14,7 +14,7 @@ from scripts.common.errors import KilnError
 from scripts.report import draw_funnels, headlines, introduction, measure_jobs, overview, write_index
 from scripts.report.fonts import embedded_face
 from scripts.report.funnels import FORMS, read_stage
-from scripts.report.jobs import by_rule, read_jobs
+from scripts.report.jobs import OTHER_UNITS, by_rule, read_jobs
 from scripts.report.pictures import ALIKE, Picture, by_kind, find_pictures
 
 COUNTS = st.integers(0, 10**7)
@@ -114,6 +114,7 @@ def test_jobs_take_their_last_attempt_and_a_training_all_of_them(tmp_path):
     assert (shards["jobs"], shards["seconds"], shards["longest"], shards["peak_rss_mb"]) == (2, 10, 6, 300)
     assert (shards["items"], shards["items_per_second"]) == (20, 6.0)
     assert table.loc["coca_train", "peak_vram_mb"] == 512 and pd.isna(shards["peak_vram_mb"])
+    assert (shards["unit"], table.loc["coca_train", "unit"]) == ("images", "slides")
     out = tmp_path / "out"
     measure_jobs.main([f"--results={tmp_path}", f"--output-folder={out}", "--code-key=k", f"--meta={out}/meta.json"])
     assert len(pd.read_csv(out / "jobs.csv")) == 3 and len(pd.read_csv(out / "rules.csv")) == 2
@@ -308,6 +309,22 @@ def test_the_front_page_holds_numbers_pictures_costs_and_links(page):
     assert sorted(forms) == ["", "tall", "wide"]
     assert ("a", {"href": "config.yaml"}) in found.tags
     assert json.loads(page.with_name("index.meta.json").read_text())["outputs"]["index.html"]["bytes"] > 1000
+
+
+def test_times_have_sums_and_units_and_no_zeros(page):
+    rows = [Page(row).texts for row in page.read_text().partition('id="cost"')[2].split("<tr>")[2:]]
+    cells = [[text for text in row if text] for row in rows]
+    total = ["3", "2.0 h", "2.0 h", "3.0 s", "1,234 MB"]  # without the service
+    assert [row[:6] for row in cells[:2]] == [["all", *total], ["coca", *total]]
+    assert cells[2][:2] == ["coca_", "train"] and cells[2][-1] == "2.5 slides/s"
+    assert cells[3] == ["coca_", "split", "2", "< 0.1 s", "< 0.1 s", "–", "50 MB", "–"]
+    assert cells[4][:3] == ["demo_", "serve_", "hub"] and "15.0 min" in cells[4]
+
+
+def test_rules_with_units_of_their_own_exist():
+    for rule in OTHER_UNITS:
+        pipeline, _, name = rule.partition("_")
+        assert (introduction.ROOT / f"scripts/{pipeline}/{name}.py").is_file(), rule
 
 
 def test_the_front_page_needs_no_network_and_no_file_but_its_links(page):

@@ -23,7 +23,7 @@ from scripts.report.drawn import uses_drawn_data
 from scripts.report.fonts import embedded_face
 from scripts.report.headlines import counted, digits, shown, verdict
 from scripts.report.jobs import record_files
-from scripts.report.overview import main_metric
+from scripts.report.overview import WAITING, main_metric
 from scripts.report.pictures import Kind, Picture, by_kind, find_pictures
 
 TITLES = {
@@ -98,6 +98,19 @@ def by_step(funnels: pd.DataFrame, pipeline: str) -> dict[str, list[dict]]:
     return {name: _rows(rows) for name, rows in own.groupby("step", sort=False)}
 
 
+def totals(rules: pd.DataFrame) -> list[dict]:
+    """What all rules of rules.csv took, then those of each pipeline, the longest first; services, which wait, left out.
+
+    Keys: name, jobs, seconds and cpu_seconds (sums), longest, peak_rss_mb and peak_vram_mb (largest).
+    """
+    rules = rules[~rules["rule"].isin(WAITING)]
+    sums = dict.fromkeys(("jobs", "seconds", "cpu_seconds"), "sum")
+    peaks = dict.fromkeys(("longest", "peak_rss_mb", "peak_vram_mb"), "max")
+    by_pipeline = rules.groupby(rules["rule"].str.partition("_")[0]).agg(sums | peaks)
+    by_pipeline = by_pipeline.rename_axis("name").sort_values("seconds", ascending=False).reset_index()
+    return _rows(pd.concat([rules.agg(sums | peaks).to_frame("all").T.rename_axis("name").reset_index(), by_pipeline]))
+
+
 def captions(path: Path | None) -> list[dict[str, str]]:
     """Captions of a table {slide, text, caption}, evenly spread over its slides; none without a table."""
     if path is None:
@@ -143,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     found = [one for marked in args.pictures for one in find_pictures(marked)]
     drawn, kinds = sort_pictures(found, args.funnels.parent)
     config = yaml.safe_load((args.results / "config.yaml").read_text(encoding="utf-8"))
-    variants = pd.read_csv(args.variants)
+    variants, rules = pd.read_csv(args.variants), pd.read_csv(args.rules)
     page = _render(
         summary=summary,
         titles=TITLES,
@@ -154,7 +167,9 @@ def run(args: argparse.Namespace) -> None:
         pictures={pipeline: kinds.get(pipeline, []) for pipeline in summary},
         drawn_funnels={pipeline: drawn.get(pipeline, []) for pipeline in summary},
         funnels={pipeline: by_step(pd.read_csv(args.funnels), pipeline) for pipeline in summary},
-        rules=_rows(pd.read_csv(args.rules)),
+        rules=_rows(rules),
+        totals=totals(rules),
+        services=[name for name in WAITING if name in set(rules["rule"])],
         captions=captions(args.captions),
         environment=environment(record_files(args.results)),
         results=config["results"],
