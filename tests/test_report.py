@@ -251,16 +251,32 @@ def test_of_many_like_pictures_one_is_open_and_leads_to_the_others(tmp_path):
     body, folded, rest = re.split(r"<details>(?=<summary id=)|</details>", text)
     assert text.count("<img") == 9 and folded.count("<img") == 5 and "<img" not in rest
     place = re.search(r'<a href="#([^"]+)">5 more of this kind</a>', body)[1]
-    assert f'<summary id="{place}">train 0 · curve: 5 more of this kind</summary>' in folded
+    assert f'<summary id="{place}">Curve · train 0: 5 more of this kind</summary>' in folded
 
 
-def test_a_funnel_is_drawn_once_beside_its_table(tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "title"),
+    [
+        ({"step": "train_lora", "picture": "loss", "method": "qlora"}, "Loss · train LoRA · QLoRA"),
+        ({"step": "reconstruct", "encoder": "dinov2", "picture": "reconstructions"},
+         "Reconstructions · reconstruct · DINOv2"),
+        ({"step": "all", "picture": "what became of the items"}, "What became of the items"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_a_pictures_title_begins_with_what_it_shows(labels, title):
+    assert Picture(None, "busi", labels, "", "").title == title
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_funnel_of_several_stages_is_drawn_once_beside_its_table(tmp_path, stages):
     funnel = fixtures.picture(tmp_path / "results/coca.png")
     marked = {"pattern": str(funnel), "caption": f"{tmp_path}/funnel.rst", "category": "coca", "labels": {"a": "items"}}
     (tmp_path / "funnel.rst").write_text("In and out.")
-    text = fixtures.rendered(tmp_path, None, marked)
+    text = fixtures.rendered(tmp_path, None, marked, stages=stages)
     items, pictures = text.partition('id="coca-items"')[2].split('id="coca-pictures"')
-    assert "In and out." in items and items.count("<img") == 1 and pictures.count("<img") == 3
+    assert items.count("In and out.") == items.count("<img") == stages - 1 and pictures.count("<img") == 3
+    assert items.count("<tr>") == 1 + stages
 
 
 @pytest.mark.parametrize("drawn", [True, False])
