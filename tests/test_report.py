@@ -10,6 +10,7 @@ import report_fixtures as fixtures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.common import statistics
 from scripts.common.errors import KilnError
 from scripts.report import draw_funnels, headlines, introduction, measure_jobs, overview, write_index
 from scripts.report.fonts import embedded_face
@@ -202,6 +203,21 @@ def test_a_number_shows_its_sign_where_it_is_a_difference_and_its_groups_where_t
     found = Page(fixtures.rendered(tmp_path, {"biomedica": {"hybrid_over_local": gap}})).texts
     for text in ("+0.600", "+0.500 to +0.700", "difference of recall at 5", "1,234 (60 articles)"):
         assert found.count(text) == 2, text  # overview, and the pipeline's table
+
+
+def test_baselines_and_intervals_lead_to_what_their_words_mean(tmp_path):
+    rfid = fixtures.METRIC | {"baseline_kind": "shrunk_input", "interval_of": "delete-a-group jackknife"}
+    gain = fixtures.METRIC | {"baseline_kind": "before_grpo", "interval_of": "baseline + paired difference"}
+    shown = Page(fixtures.rendered(tmp_path, {"rae": {"dinov2_rfid": rfid}, "vase": {"grpo_reward": gain}}))
+    anchors = [one["id"] for _, one in shown.tags if "id" in one]
+    links = {one["href"][1:] for tag, one in shown.tags if tag == "a" and one["href"].startswith("#word-")}
+    assert len(links) == 5 and links <= set(anchors) and len(set(anchors)) == len(anchors)
+
+
+def test_words_of_the_glossary_are_those_of_the_summaries():
+    kinds = {kind.replace("_", " ") for kind in statistics.BASELINE_KINDS}
+    unused = {"untrained", "before training", "downsampled"}
+    assert kinds - unused <= set(write_index.WORDS)
 
 
 def test_the_overview_has_a_row_for_each_pipeline_of_the_run_and_leads_to_its_sections(tmp_path):

@@ -33,6 +33,27 @@ TITLES = {
     "coca": "Slides and reports: CoCa",
     "biomedica": "Figures and captions: CLIP on local and streamed pairs",
 }
+WORDS = {  # of the glossary, to which the baselines and kinds of intervals of these names lead
+    "baseline": "What a number is compared with: a guess, an untreated input, or the same model before a step.",
+    "chance": "The expectation of a random answer or order.",
+    "majority": "The answer that is most frequent in training, given to every question (of its kind).",
+    "most frequent": "The class that is most frequent on the test side itself: no constant answer scores more.",
+    "constant": "One picture for all, the best there is: each pixel the mean of its place.",
+    "shrunk input": "The pictures themselves, made 8 times smaller and large again: a blur that needs no model.",
+    "before filtering": "All images of the test side, accepted or not.",
+    "random view": "A view drawn at random from the same vases.",
+    "shuffled images": "The same questions, each asked beside the picture of another vase.",
+    "image grounding": "Accuracy with the right pictures, against that with shuffled images: what the model takes from "
+    "the picture and not from the words of the question.",
+    "before grpo": "The model after SFT, before GRPO, on the same questions.",
+    "local only": "Runs of as many steps on local pairs alone; hybrid over local is the difference to them.",
+    "baseline + paired difference": "Both models answer the same items. The interval is that of their difference, item "
+    "by item, put upon the baseline: it is clear of the baseline where the difference is clear of 0.",
+    "delete-a-group jackknife": "Of a number that is no mean, such as rFID: the items are dealt to groups in turn, the "
+    "number is computed with each group left out, and the interval follows from how far these differ.",
+    "groups": "Items that belong together (views of a vase, slides of a patient, figures of an article, near-twins) "
+    "are resampled together, since one tells little more than all: the interval rests on the groups, not on n.",
+}
 CAPTIONS = 6  # of slides, shown
 WIDE, TALL = 1100, 2.5  # pixels; of the width
 
@@ -169,6 +190,7 @@ def run(args: argparse.Namespace) -> None:
         funnels={pipeline: by_step(pd.read_csv(args.funnels), pipeline) for pipeline in summary},
         rules=_rows(rules),
         totals=totals(rules),
+        words=WORDS,
         services=[name for name in WAITING if name in set(rules["rule"])],
         captions=captions(args.captions),
         environment=environment(record_files(args.results)),
