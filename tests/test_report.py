@@ -201,7 +201,7 @@ def test_each_number_says_in_words_whether_it_beats_its_baseline(tmp_path, chang
 def test_a_number_shows_its_sign_where_it_is_a_difference_and_its_groups_where_they_are_known(tmp_path):
     gap = fixtures.METRIC | {"baseline": 0.0, "difference_of": "recall at 5", "groups": 60, "grouped_by": "article"}
     found = Page(fixtures.rendered(tmp_path, {"biomedica": {"hybrid_over_local": gap}})).texts
-    for text in ("+0.600", "+0.500 to +0.700", "difference of recall at 5", "1,234 (60 articles)"):
+    for text in ("+0.600", "+0.500 to +0.700", "difference of recall at 5", "1,234 (60\u00a0articles)"):
         assert found.count(text) == 2, text  # overview, and the pipeline's table
 
 

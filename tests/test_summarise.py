@@ -77,7 +77,7 @@ def test_a_difference_has_its_sign_and_says_of_what_it_is():
         ({"groups": 10}, "1,234"),
         ({"groups": 47, "grouped_by": "vase"}, "1,234 (47 vases)"),
         ({"groups": 1, "grouped_by": "vase"}, "1,234 (1 vase)"),
-        ({"groups": 1149, "grouped_by": "group of near-twins"}, "1,234 (1,149 groups of near-twins)"),
+        ({"groups": 1149, "grouped_by": "near-twin group"}, "1,234 (1,149 near-twin groups)"),
     ],
 )
 def test_a_count_says_of_how_many_groups_the_items_are(facts, text):

@@ -23,8 +23,7 @@ def counted(one: Mapping[str, Any]) -> str:
     """How many items a metric is over and, where its interval resamples groups of them, how many: "150 (47 vases)"."""
     if not one.get("grouped_by"):
         return f"{one['n']:,}"
-    kind, of, rest = one["grouped_by"].partition(" of ")
-    return f"{one['n']:,} ({one['groups']:,} {kind}{'s' * (one['groups'] != 1)}{of}{rest})"
+    return f"{one['n']:,} ({one['groups']:,} {one['grouped_by']}{'s' * (one['groups'] != 1)})"
 
 
 def headline(pipeline: str, name: str, one: dict) -> str:
