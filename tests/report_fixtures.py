@@ -38,8 +38,8 @@ def picture(path: Path, size: tuple[int, int] = (800, 500)) -> Path:
     return path
 
 
-def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
-    """A results folder of `coca` with two variants, three pictures and one caption."""
+def results(folder: Path, caption: str = "浸润性导管癌", stages: int = 1) -> Path:
+    """A results folder of `coca` with two variants, three pictures, one caption, and one or two stages that filter."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text("results: results\ncoca: {slides: /data/slides}\n")
     (folder / "summary.json").write_text(json.dumps({"coca": {"retrieval_r5": METRIC}}))
@@ -49,12 +49,20 @@ def results(folder: Path, caption: str = "浸润性导管癌") -> Path:
     ]
     pd.DataFrame(rows).to_csv(folder / "variants.csv", index=False)
     fates = [("in", "", 10), ("passed", "", 7), ("quarantined", "truncated <file>", 3)]
-    stage = {"pipeline": "coca", "step": "list_slides", "items": "slide files"}
-    funnels = [{**stage, "fate": fate, "reason": reason, "count": count} for fate, reason, count in fates]
+    names = (("list_slides", "slide files"), ("split", "slides"))[:stages]
+    funnels = [
+        {"pipeline": "coca", "step": step, "items": items, "fate": fate, "reason": reason, "count": count}
+        for step, items in names
+        for fate, reason, count in fates
+    ]
     pd.DataFrame(funnels).to_csv(folder / "funnels.csv", index=False)
     rules = {"rule": "coca_train", "jobs": 1, "seconds": 7200.0, "longest": 7200.0, "cpu_seconds": 3.0,
              "peak_rss_mb": 1234.5, "peak_vram_mb": None, "items": 10, "items_per_second": 2.5}  # fmt: skip
-    pd.DataFrame([rules]).to_csv(folder / "rules.csv", index=False)
+    short = {"rule": "coca_split", "jobs": 2, "seconds": 0.06, "longest": 0.03, "cpu_seconds": 0.0, "peak_rss_mb": 50.0}
+    waiting = short | {"rule": "demo_serve_hub", "seconds": 900.0}
+    units = [{"unit": "slides"}, {"unit": "slides"}, {"unit": "images"}]
+    made = [one | unit for one, unit in zip((rules, short, waiting), units, strict=True)]
+    pd.DataFrame(made).to_csv(folder / "rules.csv", index=False)
     pd.DataFrame({"slide": ["P1"], "text": ["<b>bold</b>"], "caption": [caption]}).to_parquet(
         folder / "captions.parquet"
     )
@@ -95,9 +103,9 @@ def index_arguments(folder: Path, caption: Path, *more: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def rendered(place: Path, summary: dict | None, *more: dict, runs: int = 0) -> str:
+def rendered(place: Path, summary: dict | None, *more: dict, runs: int = 0, stages: int = 1) -> str:
     """The front page of such a folder below `place`, with another `summary`, `more` pictures and curves of `runs`."""
-    folder = results(place / "results")
+    folder = results(place / "results", stages=stages)
     (place / "caption.rst").write_text("What it shows.")
     (place / "runs.rst").write_text("What runs show.")
     if summary is not None:

@@ -180,10 +180,12 @@ def test_arms_are_compared_by_seed(world, metrics):
     gaps = [seed["hybrid"]["value"] - seed["local"]["value"] for seed in runs["per_seed"].values()]
     assert list(runs["per_seed"]) == ["1", "2"]
     assert [seed["difference"]["value"] for seed in runs["per_seed"].values()] == pytest.approx(gaps)
-    assert runs["difference"] == pytest.approx(np.mean(gaps)) == pytest.approx(one["value"] - one["baseline"])
-    assert one["baseline_kind"] == "local_only" and one["baseline"] == runs["mean"]["local"]
-    assert np.array(one["ci95"]) - one["baseline"] == pytest.approx(np.array(runs["ci95"]))
-    assert one["ci95"][0] > one["baseline"]  # the local runs saw one panel type of three
+    assert runs["difference"] == pytest.approx(np.mean(gaps)) == one["value"] == one["difference"]
+    assert (one["baseline_kind"], one["baseline"], one["difference_of"]) == ("local_only", 0, "recall at 5")
+    assert (one["groups"], one["grouped_by"]) == (metrics["data"]["test"]["articles"], "article")
+    assert {arm: one[arm] for arm in ("hybrid", "local")} == runs["mean"]
+    assert one["trivial"] == pytest.approx(metrics["trivial"]["retrieval"] - one["local"])
+    assert one["ci95"] == runs["ci95"] and one["ci95"][0] > 0  # the local runs saw one panel type of three
     alone = run_evaluate(world / "held", world / "hybrid-1.safetensors", world / "alone")
     assert runs["per_seed"]["1"]["hybrid"]["value"] == alone["summary"]["recall_at_5"]["value"]
     assert runs["per_seed"]["1"]["hybrid"]["ci95"] == alone["summary"]["recall_at_5"]["ci95"]

@@ -412,12 +412,15 @@ def test_the_sheet_shows_conflicts_then_the_closest_pairs(folder, monkeypatch):
     similarity = pairs.set_index(["first", "second"])["similarity"]
     torn = [("Benign/Benign (3).png", f"malignant/torn{copy}.png") for copy in (" copy", "")]
     twin = ("Benign/Benign (1).png", "Benign/twin.png")
-    assert shown["rows"] == [
-        *((f"{similarity[pair]:.4f} Benign or Malignant?", list(pair), {"bad"}) for pair in torn),
-        (f"{similarity[twin]:.4f} Benign", list(twin), {None}),
-        ("equal pixels: Malignant", ["malignant/torn copy.png", "malignant/torn.png"], {None}),
-        ("equal pixels: Normal", ["normal/normal (2).png", "normal/saved anew.bmp"], {None}),
+    conflicts = [
+        f"{similarity[pair]:.4f} {name}: {file}"
+        for pair in torn
+        for name, file in zip(("Benign", "Malignant"), pair, strict=True)
     ]
+    equal = [f"{similarity[twin]:.4f} Benign: {file}" for file in twin]
+    equal += [f"equal pixels, Malignant: malignant/torn{copy}.png" for copy in (" copy", "")]
+    equal += [f"equal pixels, Normal: normal/{file}" for file in ("normal (2).png", "saved anew.bmp")]
+    assert shown["rows"] == [("different labels", conflicts, {"bad"}), ("equal labels", equal, {None})]
     assert shown["title"] == (
         "5 pairs of near-twins at similarity 0.98 or above; 2 with different labels; 3 with equal labels"
     )
@@ -430,12 +433,13 @@ def test_the_sheet_says_what_it_leaves_out(folder, monkeypatch):
         folder.scene(f"normal/same {i}.png", seed=500, noise=3 + i / 10)
     shown = folder.captions(monkeypatch)
     folder.search()
-    assert len(shown["rows"]) == 24
-    assert [marks for *_, marks in shown["rows"]] == [{"bad"}] * 16 + [{None}] * 8
-    alike = [float(label.split()[0]) for label, *_ in shown["rows"]]
-    assert alike[:16] == sorted(alike[:16], reverse=True) and alike[16:] == sorted(alike[16:], reverse=True)
+    assert [(len(captions), marks) for _, captions, marks in shown["rows"]] == [(2 * 12, {"bad"}), (2 * 6, {None})]
+    for _, captions, _ in shown["rows"]:
+        alike = [float(one.split()[0]) for one in captions]
+        assert alike == sorted(alike, reverse=True) and alike[::2] == alike[1::2]
     assert shown["title"].endswith(
-        "; 24 with different labels (the closest 16 shown); 31 with equal labels (the closest 8 shown)"
+        "; 24 with different labels (the closest 12 shown, 12 left out)"
+        "; 31 with equal labels (the closest 6 shown, 25 left out)"
     )
 
 

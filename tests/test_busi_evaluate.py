@@ -81,6 +81,7 @@ def test_summary_holds_headline_and_baselines(scored):
         key: models["lora"]["balanced_accuracy"][key] for key in ("value", "ci95", "n")
     }
     assert (one["baseline"], one["baseline_kind"], one["higher_is_better"]) == (1 / 3, "chance", True)
+    assert (one["groups"], one["grouped_by"]) == (metrics["data"]["test"]["groups"], "near-twin group")
     assert one["zero_shot"] == models["base"]["balanced_accuracy"]["value"]
     assert one["majority"] == models["majority"]["balanced_accuracy"]["value"]
     assert one["accuracy"] == models["lora"]["accuracy"]["value"]

@@ -104,7 +104,7 @@ def test_real_groups_part_the_images_and_hold_every_pair(listed, searched):
     assert (summary["groups"], summary["pairs"], summary["images"]) == (len(sizes), len(pairs), len(manifest))
     assert summary["conflict_groups"] == torn.sum()
     with Image.open(searched / "conflicts.png") as sheet:
-        assert sheet.height > 200 * min(len(pairs), find_duplicates.SHOWN)
+        assert sheet.height > 200 * min(len(pairs), find_duplicates.SHOWN) // find_duplicates.SIDE_BY_SIDE
 
 
 def test_a_real_image_saved_anew_is_found_as_equal(realdata, listed, tmp_path):

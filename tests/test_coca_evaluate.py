@@ -109,6 +109,9 @@ def test_from_slides_to_scores(world, metrics):
     one = summary["caption_diagnosis_accuracy"]
     assert (one["baseline_kind"], one["n"]) == ("most_frequent", data["slides"])
     assert one["ci95"][0] > one["baseline"] + 0.15 and one["value"] > one["trivial"]
+    rows = np.array(metrics["diagnosis"]["confusion_matrix"]).sum(1) + metrics["diagnosis"]["unanswered"]
+    assert one["baseline"] == rows.max() / rows.sum() >= one["most_frequent_in_training"]
+    assert {(one["groups"], one["grouped_by"]) for one in summary.values()} == {(data["patients"], "patient")}
     one = summary["retrieval_r5"]
     assert one["baseline_kind"] == "chance" and one["value"] > one["baseline"] and 0 <= one["trivial"] <= 1
     assert one["value"] == pytest.approx((one["image_to_text"] + one["text_to_image"]) / 2)

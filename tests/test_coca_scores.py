@@ -156,7 +156,7 @@ def test_ks_above_the_number_of_texts_are_left_out_and_named():
     assert list(made["mean"]) == [1] and made["mean"][1]["value"] == 1
     none = retrieval.retrieval_scores(np.eye(3), ["a", "b", "c"], ["x", "y", "z"], (5,), "patient")
     assert "image_to_text" not in none
-    headlines, why = scores.summary(none, None, {})
+    headlines, why = scores.summary(none, None, {}, 3)
     assert not headlines and "fewer test slides" in why["retrieval_r5"]
 
 
@@ -221,16 +221,20 @@ def test_summary_holds_both_headlines_with_what_they_are_compared_with():
     texts, patients = [f"text {i}" for i in range(n)], [f"p{i // 2}" for i in range(n)]
     labels = np.arange(n) % 4
     retrieved = retrieval.retrieval_scores(np.eye(n), texts, patients, (1, 5), "patient")
-    diagnosed = scores.class_scores(labels, labels, patients, list("abcd")) | {"most_frequent": 0.25}
-    made, why = scores.summary(retrieved, diagnosed, {"diagnosis": 0.3, "retrieval": 0.4})
+    diagnosed = scores.class_scores(labels, labels, patients, list("abcd"))
+    diagnosed |= {"most_frequent": 0.25, "most_frequent_in_training": 0.125}
+    made, why = scores.summary(retrieved, diagnosed, {"diagnosis": 0.3, "retrieval": 0.4}, 10)
     assert not why
     one = made["retrieval_r5"]
     assert (one["value"], one["baseline_kind"], one["trivial"]) == (1, "chance", 0.4)
     assert one["baseline"] == pytest.approx(0.25)
     assert (one["image_to_text"], one["text_to_image"], one["n"]) == (1, 1, 20)
     one = made["caption_diagnosis_accuracy"]
+    assert one["most_frequent_in_training"] == 0.125
+    for headline in made.values():
+        assert (headline["groups"], headline["grouped_by"]) == (len(set(patients)), "patient")
     assert (one["value"], one["baseline"], one["baseline_kind"], one["trivial"]) == (1, 0.25, "most_frequent", 0.3)
     assert one["no_answer"] == 0
-    made, why = scores.summary(retrieved, None, {})
+    made, why = scores.summary(retrieved, None, {}, 10)
     assert "trivial" not in made["retrieval_r5"] or made["retrieval_r5"]["trivial"] is None
     assert "no classes are set" in why["caption_diagnosis_accuracy"]

@@ -10,11 +10,12 @@ import report_fixtures as fixtures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.common import statistics
 from scripts.common.errors import KilnError
 from scripts.report import draw_funnels, headlines, introduction, measure_jobs, overview, write_index
 from scripts.report.fonts import embedded_face
 from scripts.report.funnels import FORMS, read_stage
-from scripts.report.jobs import by_rule, read_jobs
+from scripts.report.jobs import OTHER_UNITS, by_rule, read_jobs
 from scripts.report.pictures import ALIKE, Picture, by_kind, find_pictures
 
 COUNTS = st.integers(0, 10**7)
@@ -114,6 +115,7 @@ def test_jobs_take_their_last_attempt_and_a_training_all_of_them(tmp_path):
     assert (shards["jobs"], shards["seconds"], shards["longest"], shards["peak_rss_mb"]) == (2, 10, 6, 300)
     assert (shards["items"], shards["items_per_second"]) == (20, 6.0)
     assert table.loc["coca_train", "peak_vram_mb"] == 512 and pd.isna(shards["peak_vram_mb"])
+    assert (shards["unit"], table.loc["coca_train", "unit"]) == ("images", "slides")
     out = tmp_path / "out"
     measure_jobs.main([f"--results={tmp_path}", f"--output-folder={out}", "--code-key=k", f"--meta={out}/meta.json"])
     assert len(pd.read_csv(out / "jobs.csv")) == 3 and len(pd.read_csv(out / "rules.csv")) == 2
@@ -196,6 +198,28 @@ def test_each_number_says_in_words_whether_it_beats_its_baseline(tmp_path, chang
     assert text.count("not clearly better than its baseline") == 2 * (words == "not clearly better")
 
 
+def test_a_number_shows_its_sign_where_it_is_a_difference_and_its_groups_where_they_are_known(tmp_path):
+    gap = fixtures.METRIC | {"baseline": 0.0, "difference_of": "recall at 5", "groups": 60, "grouped_by": "article"}
+    found = Page(fixtures.rendered(tmp_path, {"biomedica": {"hybrid_over_local": gap}})).texts
+    for text in ("+0.600", "+0.500 to +0.700", "difference of recall at 5", "1,234 (60\u00a0articles)"):
+        assert found.count(text) == 2, text  # overview, and the pipeline's table
+
+
+def test_baselines_and_intervals_lead_to_what_their_words_mean(tmp_path):
+    rfid = fixtures.METRIC | {"baseline_kind": "shrunk_input", "interval_of": "delete-a-group jackknife"}
+    gain = fixtures.METRIC | {"baseline_kind": "before_grpo", "interval_of": "baseline + paired difference"}
+    shown = Page(fixtures.rendered(tmp_path, {"rae": {"dinov2_rfid": rfid}, "vase": {"grpo_reward": gain}}))
+    anchors = [one["id"] for _, one in shown.tags if "id" in one]
+    links = {one["href"][1:] for tag, one in shown.tags if tag == "a" and one["href"].startswith("#word-")}
+    assert len(links) == 5 and links <= set(anchors) and len(set(anchors)) == len(anchors)
+
+
+def test_words_of_the_glossary_are_those_of_the_summaries():
+    kinds = {kind.replace("_", " ") for kind in statistics.BASELINE_KINDS}
+    unused = {"untrained", "before training", "downsampled"}
+    assert kinds - unused <= set(write_index.WORDS)
+
+
 def test_the_overview_has_a_row_for_each_pipeline_of_the_run_and_leads_to_its_sections(tmp_path):
     first = {"first": fixtures.METRIC | {"value": 0.125}}
     text = fixtures.rendered(tmp_path, {"coca": {"other": fixtures.METRIC | {"value": 0.25}, "retrieval_r5":
@@ -243,16 +267,32 @@ def test_of_many_like_pictures_one_is_open_and_leads_to_the_others(tmp_path):
     body, folded, rest = re.split(r"<details>(?=<summary id=)|</details>", text)
     assert text.count("<img") == 9 and folded.count("<img") == 5 and "<img" not in rest
     place = re.search(r'<a href="#([^"]+)">5 more of this kind</a>', body)[1]
-    assert f'<summary id="{place}">train 0 · curve: 5 more of this kind</summary>' in folded
+    assert f'<summary id="{place}">Curve · train 0: 5 more of this kind</summary>' in folded
 
 
-def test_a_funnel_is_drawn_once_beside_its_table(tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "title"),
+    [
+        ({"step": "train_lora", "picture": "loss", "method": "qlora"}, "Loss · train LoRA · QLoRA"),
+        ({"step": "reconstruct", "encoder": "dinov2", "picture": "reconstructions"},
+         "Reconstructions · reconstruct · DINOv2"),
+        ({"step": "all", "picture": "what became of the items"}, "What became of the items"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_a_pictures_title_begins_with_what_it_shows(labels, title):
+    assert Picture(None, "busi", labels, "", "").title == title
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_funnel_of_several_stages_is_drawn_once_beside_its_table(tmp_path, stages):
     funnel = fixtures.picture(tmp_path / "results/coca.png")
     marked = {"pattern": str(funnel), "caption": f"{tmp_path}/funnel.rst", "category": "coca", "labels": {"a": "items"}}
     (tmp_path / "funnel.rst").write_text("In and out.")
-    text = fixtures.rendered(tmp_path, None, marked)
+    text = fixtures.rendered(tmp_path, None, marked, stages=stages)
     items, pictures = text.partition('id="coca-items"')[2].split('id="coca-pictures"')
-    assert "In and out." in items and items.count("<img") == 1 and pictures.count("<img") == 3
+    assert items.count("In and out.") == items.count("<img") == stages - 1 and pictures.count("<img") == 3
+    assert items.count("<tr>") == 1 + stages
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -301,6 +341,22 @@ def test_the_front_page_holds_numbers_pictures_costs_and_links(page):
     assert sorted(forms) == ["", "tall", "wide"]
     assert ("a", {"href": "config.yaml"}) in found.tags
     assert json.loads(page.with_name("index.meta.json").read_text())["outputs"]["index.html"]["bytes"] > 1000
+
+
+def test_times_have_sums_and_units_and_no_zeros(page):
+    rows = [Page(row).texts for row in page.read_text().partition('id="cost"')[2].split("<tr>")[2:]]
+    cells = [[text for text in row if text] for row in rows]
+    total = ["3", "2.0 h", "2.0 h", "3.0 s", "1,234 MB"]  # without the service
+    assert [row[:6] for row in cells[:2]] == [["all", *total], ["coca", *total]]
+    assert cells[2][:2] == ["coca_", "train"] and cells[2][-1] == "2.5 slides/s"
+    assert cells[3] == ["coca_", "split", "2", "< 0.1 s", "< 0.1 s", "–", "50 MB", "–"]
+    assert cells[4][:3] == ["demo_", "serve_", "hub"] and "15.0 min" in cells[4]
+
+
+def test_rules_with_units_of_their_own_exist():
+    for rule in OTHER_UNITS:
+        pipeline, _, name = rule.partition("_")
+        assert (introduction.ROOT / f"scripts/{pipeline}/{name}.py").is_file(), rule
 
 
 def test_the_front_page_needs_no_network_and_no_file_but_its_links(page):

@@ -10,7 +10,7 @@ from scripts import config
 from scripts.common import prune
 from scripts.common.errors import KilnError
 from scripts.report import summarise
-from scripts.report.headlines import digits, headlines
+from scripts.report.headlines import counted, digits, headlines
 
 ONE = {"value": 0.5, "baseline": 0.25, "baseline_kind": "chance", "ci95": [0.4, 0.6], "higher_is_better": True, "n": 7}
 FEW = {**ONE, "ci95": None, "reason": "one patient: no interval"}
@@ -60,6 +60,28 @@ def test_a_line_has_the_interval_or_says_why_there_is_none():
     with_interval, without = headlines({"coca": {"a": ONE, "b": FEW}})
     assert "0.500 [0.400, 0.600]  n = 7 " in with_interval and "chance: 0.250" in with_interval
     assert "0.500 (one patient: no interval)  n = 7 " in without
+
+
+def test_a_difference_has_its_sign_and_says_of_what_it_is():
+    gap = {**ONE, "value": 0.303, "ci95": [-0.01, 0.4], "baseline": 0.0, "baseline_kind": "local_only", "trivial": -0.2}
+    (line,) = headlines({"biomedica": {"hybrid_over_local": {**gap, "difference_of": "recall at 5"}}})
+    assert "+0.303 [-0.0100, +0.400]" in line and "local only: 0 " in line and "trivial features: -0.200" in line
+    assert line.endswith("(difference of recall at 5)")
+    assert "+" not in headlines({"biomedica": {"a": gap}})[0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({}, "1,234"),
+        ({"groups": 10}, "1,234"),
+        ({"groups": 47, "grouped_by": "vase"}, "1,234 (47 vases)"),
+        ({"groups": 1, "grouped_by": "vase"}, "1,234 (1 vase)"),
+        ({"groups": 1149, "grouped_by": "near-twin group"}, "1,234 (1,149 near-twin groups)"),
+    ],
+)
+def test_a_count_says_of_how_many_groups_the_items_are(facts, text):
+    assert counted({**ONE, "n": 1234, **facts}) == text
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,7 @@ def test_evaluation_counts_the_test_side_by_hand(case):
     found = case.evaluate()
     accepted = found["accepted_quality"]
     assert accepted["value"] == 4 / 5 and accepted["n"] == 5
+    assert (accepted["groups"], accepted["grouped_by"]) == (2, "vase")
     assert accepted["baseline"] == pytest.approx(4 / 9) and accepted["baseline_kind"] == "before_filtering"
     # 4 good, 5 bad: all good ones and one bad one are at score 1, the other bad ones below
     assert accepted["auc_of_score"] == pytest.approx((4 * 4 + 4 * 0.5) / 20)

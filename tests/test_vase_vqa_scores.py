@@ -292,6 +292,7 @@ def test_the_gain_of_grpo_is_paired_by_row_and_clustered_by_vase(scored):
     assert one["baseline"] == pytest.approx(contents["sft"].mean())
     assert (one["n"], one["completions"]) == (24, 48)
     assert one["greedy_accuracy"] == pytest.approx({"sft": 15 / 18, "grpo": 17 / 18})
+    assert one["about"].startswith("content part")  # the picture of the training has the format part, too
     vases = [by_id[name].vase for name in gain.index]
     low, high = np.array(one["ci95"]) - one["baseline"]
     assert [low, high] == pytest.approx(interval(gain, vases), abs=0.02)
@@ -320,6 +321,9 @@ def test_the_accuracy_of_each_dimension_stands_beside_its_own_majority(scored):
         assert part["baseline"] == metrics["majority"]["greedy"][name]["accuracy"]["value"]
         assert part["trivial"] == metrics["trivial"]["greedy"][name]["accuracy"]["value"]
         assert (part["baseline_kind"], part["higher_is_better"]) == ("majority", True)
+    vases = metrics["data"]["test"]["vases"]
+    for one in (*metrics["summary"].values(), *parts.values()):
+        assert (one["groups"], one["grouped_by"]) == (vases, "vase")
 
 
 def test_samples_are_scored_part_by_part(scored):

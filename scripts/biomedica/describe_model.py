@@ -205,7 +205,7 @@ def rows(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
                 made[words] = found["zero_shot"][name] | floor
     if "hybrid_over_local" in metrics["summary"]:
         one = metrics["summary"]["hybrid_over_local"]
-        made[f"R@5, both ways, mean of {one['seeds']} hybrid runs of {one['steps']:,} steps"] = one
+        made[f"R@5, both ways, hybrid less local, mean of {one['seeds']} runs of {one['steps']:,} steps"] = one
     return made
 
 

@@ -187,7 +187,9 @@ def run(args: argparse.Namespace) -> None:
     before = Embedder(early.model.eval().to(device), trained.transform, early.tokenizer, facts.preprocess_cfg, device)
     sections, similarity = score(trained, test, prompts, own, "after")
     floors = trivial_section(validation, test, None if why else classes, own)
-    made, left_out = scores.summary(sections["retrieval"], compared, floors["retrieval"])
+    made, left_out = scores.summary(
+        sections["retrieval"], compared, floors["retrieval"], test.table["article"].nunique()
+    )
     metrics = {
         "summary": made,
         "left_out": left_out | ({"zero_shot": why} if why else {}),

@@ -169,7 +169,7 @@ def compare_arms(ours: np.ndarray, theirs: np.ndarray, articles: ArrayLike) -> d
 
 
 def summary(
-    retrieved: Mapping[str, Any], compared: Mapping[str, Any] | None, trivial: float | None
+    retrieved: Mapping[str, Any], compared: Mapping[str, Any] | None, trivial: float | None, articles: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(headline metrics, {headline that does not exist here: why}).
 
@@ -177,11 +177,13 @@ def summary(
         retrieved: of `retrieval.retrieval_scores`, after training.
         compared: `mean` {arm: recall}, and the keys of `compare_arms`; None without runs.
         trivial: recall that trivial features reach.
+        articles: of the test side, which intervals resample.
 
-    `hybrid_over_local` has the difference's interval moved by the baseline, so that it is clear of the baseline where
-    the difference is clear of 0.
+    `hybrid_over_local` is a difference, so that its baseline is 0; `trivial`, too, is there how far above the local arm
+    it reaches.
     """
     made, left_out = {}, {}
+    resampled = {"groups": articles, "grouped_by": UNIT}
     one = retrieved.get("mean", {}).get(HEADLINE_K)
     if one is None:
         left_out["recall_at_5"] = f"recall at {HEADLINE_K} was not asked for, or there are fewer test pairs"
@@ -189,24 +191,26 @@ def summary(
         left_out["recall_at_5"] = one["reason"]
     else:
         parts = {way: retrieved[way]["recall"][HEADLINE_K]["value"] for way in WAYS}
-        made["recall_at_5"] = one | {"trivial": trivial, "about": "the exported model", **parts}
+        made["recall_at_5"] = one | resampled | {"trivial": trivial, "about": "the exported model", **parts}
     if compared is None:
         left_out["hybrid_over_local"] = "no runs of both arms were given (biomedica.compare_seeds)"
     elif compared["ci95"] is None:
         left_out["hybrid_over_local"] = compared["reason"]
     else:
-        value, baseline = (compared["mean"][arm] for arm in ("hybrid", "local"))
-        interval = [baseline + bound for bound in compared["ci95"]]
+        hybrid, local = (compared["mean"][arm] for arm in ("hybrid", "local"))
         extra = {key: compared[key] for key in ("difference", "seeds", "steps")}
         made["hybrid_over_local"] = statistics.metric(
-            value,
+            compared["difference"],
             compared["n"],
-            interval,
-            baseline,
+            compared["ci95"],
+            0.0,
             "local_only",
-            trivial=trivial,
-            interval_of="baseline + paired difference",
-            about=f"recall at {HEADLINE_K} of hybrid, mean of {compared['seeds']} seeds",
+            trivial=None if trivial is None else trivial - local,
+            difference_of=f"recall at {HEADLINE_K}",
+            about=f"{hybrid:.3f} hybrid, {local:.3f} local, mean of {compared['seeds']} seeds",
+            hybrid=hybrid,
+            local=local,
+            **resampled,
             **extra,
         )
     return made, left_out

@@ -16,7 +16,8 @@ from scripts.busi.settings import DuplicatesSettings
 from scripts.common import artefacts, sheets, step, tables
 from scripts.common.errors import KilnError
 
-SHOWN, SHOWN_CONFLICTS = 24, 16  # pairs on the sheet, at most, and label conflicts among them
+SHOWN, SHOWN_CONFLICTS = 18, 12  # pairs on the sheet, at most, and label conflicts among them
+SIDE_BY_SIDE = 3  # pairs in a line
 
 
 def group_table(frame: pd.DataFrame, groups) -> pd.DataFrame:
@@ -44,27 +45,29 @@ def pair_table(frame: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
 def draw_sheet(path: Path, images: Path, pairs: pd.DataFrame, total: int, classes: Sequence[str], threshold: float):
     """A contact sheet of the conflicts, then of the closest pairs of equal label; there, equal pixels come last.
 
-    `pairs` are those listed, of `total` in all.
+    It holds up to `SHOWN` pairs, `SIDE_BY_SIDE` in a line, and says how many it leaves out. `pairs` are those listed,
+    of `total` in all.
     """
     ordered = pairs.sort_values(["similarity", "first", "second"], ascending=[False, True, True])
     torn = ordered["first_label"] != ordered["second_label"]
     conflicts = ordered[torn].head(SHOWN_CONFLICTS)
     equal = ordered[~torn].sort_values("identical", kind="stable").head(SHOWN - len(conflicts))
     rows = []
-    for pair in pd.concat([conflicts, equal]).itertuples():
-        names = [classes[label] for label in (pair.first_label, pair.second_label)]
-        torn_apart = names[0] != names[1]
-        alike = "equal pixels:" if pair.identical else f"{pair.similarity:.4f}"
-        mark = "bad" if torn_apart else None
-        tiles = [sheets.Tile(images / one, one, mark) for one in (pair.first, pair.second)]
-        rows.append((f"{alike} {' or '.join(names)}?" if torn_apart else f"{alike} {names[0]}", tiles))
+    for label, part, mark in (("different labels", conflicts, "bad"), ("equal labels", equal, None)):
+        tiles = []
+        for pair in part.itertuples():
+            alike = "equal pixels," if pair.identical else f"{pair.similarity:.4f}"
+            for one, number in ((pair.first, pair.first_label), (pair.second, pair.second_label)):
+                tiles.append(sheets.Tile(images / one, f"{alike} {classes[number]}: {one}", mark))
+        rows += [(label, tiles)] if tiles else []
     title = f"{total or 'No'} pairs of near-twins at similarity {threshold:g} or above"
     if len(pairs) < total:
         title += f" ({len(pairs)} listed)"
     for name, count, shown in (("different", torn.sum(), len(conflicts)), ("equal", (~torn).sum(), len(equal))):
         if total:
-            title += f"; {count} with {name} labels" + (f" (the closest {shown} shown)" if shown < count else "")
-    sheets.contact_sheet(path, rows, title, max_pixels=duplicates.NO_LIMIT)
+            title += f"; {count} with {name} labels"
+            title += f" (the closest {shown} shown, {count - shown} left out)" if shown < count else ""
+    sheets.contact_sheet(path, rows, title, columns=2 * SIDE_BY_SIDE, caption_lines=3, max_pixels=duplicates.NO_LIMIT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -96,6 +96,9 @@ def class_sections(
 ) -> dict[str, Any]:  # fmt: skip
     """Sections diagnosis, zero_shot and trivial of metrics.json.
 
+    Both are compared with the most frequent class of the test side, as no constant answer scores more there; that of
+    the training side stands beside it.
+
     Raises:
         KilnError: no text of train, or of the test side, names exactly one class.
     """
@@ -105,9 +108,10 @@ def class_sections(
     diagnosis = scores.class_scores(labels, labels_of(captions, own.classes), patients, names)
     if not (taught >= 0).any():
         raise KilnError("no training text names exactly one class", "set coca.evaluate.classes to terms of the texts")
-    frequent = scores.most_frequent(taught[taught >= 0].tolist())
     known = labels[labels >= 0]
-    diagnosis |= {"most_frequent_class": names[frequent], "most_frequent": float((known == frequent).mean())}
+    for key, numbers in (("most_frequent", known), ("most_frequent_in_training", taught[taught >= 0])):
+        frequent = scores.most_frequent(numbers.tolist())
+        diagnosis |= {f"{key}_class": names[frequent], key: float((known == frequent).mean())}
     prompts = {name: own.prompts.get(name) or terms for name, terms in own.classes.items()}
     numbers = [number for number, name in enumerate(names) for _ in prompts[name]]
     embedded = model.embed([one for name in names for one in prompts[name]])
@@ -217,11 +221,13 @@ def run(args: argparse.Namespace) -> None:
     similarity = images @ model.embed(strings).T
     retrieved = retrieval.retrieval_scores(similarity, strings, patients, own.ks, "patient")
     by_class = class_sections(model, images, captions, test, train, own) if own.classes else {}
-    made, left_out = scores.summary(retrieved, by_class.get("diagnosis"), by_class.get("trivial", {}))
+    counts = {"train": side_counts(train), "test": side_counts(test)}
+    by_trivial, patients_of_test = by_class.get("trivial", {}), counts["test"]["patients"]
+    made, left_out = scores.summary(retrieved, by_class.get("diagnosis"), by_trivial, patients_of_test)
     metrics = {
         "summary": made,
         "left_out": left_out,
-        "data": {"train": side_counts(train), "test": side_counts(test)},
+        "data": counts,
         "retrieval": {"cut_texts": model.cut(strings), **retrieved},
         "captions": scores.caption_scores(captions, strings, train["text"].to_list(), patients),
         **by_class,

@@ -197,14 +197,16 @@ def trivial_scores(probabilities: np.ndarray, labels: np.ndarray, texts: Sequenc
 
 
 def summary(
-    retrieved: Mapping[str, Any], diagnosed: Mapping[str, Any] | None, trivial: Mapping[str, Any]
+    retrieved: Mapping[str, Any], diagnosed: Mapping[str, Any] | None, trivial: Mapping[str, Any], patients: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(headline metrics, {headline that does not exist here: why}).
 
     Args:
         retrieved: of `retrieval.retrieval_scores`.
-        diagnosed: of `class_scores`, with the `most_frequent` class's accuracy; None without classes.
+        diagnosed: of `class_scores`, with the accuracy of the `most_frequent` class of the test side, and of
+            `most_frequent_in_training`; None without classes.
         trivial: of `trivial_scores`; empty without classes.
+        patients: of the test side, which intervals resample.
     """
     made, left_out = {}, {}
     one = retrieved.get("mean", {}).get(HEADLINE_K)
@@ -214,7 +216,9 @@ def summary(
         left_out["retrieval_r5"] = one["reason"]
     else:
         parts = {name: retrieved[name]["recall"][HEADLINE_K]["value"] for name in ("image_to_text", "text_to_image")}
-        made["retrieval_r5"] = one | {"trivial": trivial.get("retrieval"), **parts}
+        made["retrieval_r5"] = (
+            one | {"groups": patients, "grouped_by": "patient"} | {"trivial": trivial.get("retrieval"), **parts}
+        )
     if diagnosed is None:
         left_out["caption_diagnosis_accuracy"] = "no classes are set (coca.evaluate.classes)"
     elif diagnosed["accuracy"]["ci95"] is None:
@@ -224,7 +228,10 @@ def summary(
         made["caption_diagnosis_accuracy"] = one | {
             "baseline": diagnosed["most_frequent"],
             "baseline_kind": "most_frequent",
+            "groups": diagnosed["n_groups"],
+            "grouped_by": "patient",
             "trivial": trivial["diagnosis"],
+            "most_frequent_in_training": diagnosed["most_frequent_in_training"],
             "no_answer": int(sum(diagnosed["unanswered"])),
         }
     return made, left_out

@@ -96,9 +96,13 @@ class Runs:
 
 
 def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[str, Cost]) -> dict[str, Any]:
-    """A target's row of the table, by `COLUMNS`; None where there is nothing."""
+    """A target's row of the table, by `COLUMNS`, None where there is nothing; and `found`, its differences."""
     best = runs.best(target, models)
-    made = dict.fromkeys(COLUMNS) | {name: getattr(target, name) for name in COLUMNS if hasattr(target, name)}
+    made = (
+        dict.fromkeys(COLUMNS)
+        | {"found": ()}
+        | {name: getattr(target, name) for name in COLUMNS if hasattr(target, name)}
+    )
     made |= {"paper": target.value, "paper_n": target.n, "command": COMMAND.format(target.pipeline)}
     made |= {name: costs[name].value for name in QUANTITIES}
     if best is None:
@@ -111,6 +115,7 @@ def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[
         made |= {f"{column}{fact}": value for fact, value in facts} | {"run": name, "file": file}
         made["protocol"] = NONE if target.value is None else SAME if comparison.same else DIFFERS
         if made["protocol"] == DIFFERS:
+            made["found"] = comparison.differences
             made["differs_in"] = ", ".join(comparison.aspects)
             made["differences"] = "; ".join(one.text for one in comparison.differences)
     return made
@@ -125,7 +130,7 @@ def digits(value: float | None, unit: str = "") -> str:
 
 
 def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
-    """What stands in a row of the pages, by `SHOWN`; differences go to `notes`, each kind of them once."""
+    """What stands in a row of the pages, by `SHOWN`; differences go to `notes`, each once."""
     arrow = {"higher": "↑", "lower": "↓"}[one["better"]]
     published = digits(one["paper"], one["unit"]) + (f", n = {one['paper_n']}" if one["paper_n"] else "")
     texts = (f"{one['metric']} {arrow}", f"{one['model']}; {one['split']}", published)
@@ -138,12 +143,15 @@ def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
             text += " (no spread)" if low == high else f" [{digits(low)}, {digits(high)}]"
         shown[title] = [Piece(f"{text}, n = {one[f'{name}_n']} ("), *run, Piece(")")] if text else []
     shown["protocol"], shown["source"] = [Piece(one["protocol"])], linked(one["source"])
-    if one["differences"]:
-        if one["differences"] not in notes:
-            notes.append(one["differences"])
-        number = notes.index(one["differences"]) + 1
-        note = Piece(f"({number})", f"#{one['pipeline']}-{number}")
-        shown["protocol"] = [Piece(f"{one['protocol']} in {one['differs_in']} "), note]
+    aspect = None
+    for found in one["found"]:
+        if found.text not in notes:
+            notes.append(found.text)
+        number = notes.index(found.text) + 1
+        if found.aspect != aspect:
+            shown["protocol"].append(Piece(f"{',' if aspect else ' in'} {found.aspect}"))
+        shown["protocol"] += [Piece(" "), Piece(f"({number})", f"#{one['pipeline']}-{number}")]
+        aspect = found.aspect
     return {name: shown[name] for name in SHOWN}
 
 

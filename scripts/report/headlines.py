@@ -14,14 +14,29 @@ def digits(value: float) -> str:
     return (f"{value:#.4g}" if round(size, 3) >= 1 else f"{value:#.3g}").rstrip(".")
 
 
+def shown(one: Mapping[str, Any], value: float) -> str:
+    """A number of a metric by `digits`, with its sign where the metric is a difference."""
+    return f"{'+' if one.get('difference_of') and value > 0 else ''}{digits(value)}"
+
+
+def counted(one: Mapping[str, Any]) -> str:
+    """How many items a metric is over and, where its interval resamples groups of them, how many: "150 (47 vases)"."""
+    if not one.get("grouped_by"):
+        return f"{one['n']:,}"
+    return f"{one['n']:,} ({one['groups']:,} {one['grouped_by']}{'s' * (one['groups'] != 1)})"
+
+
 def headline(pipeline: str, name: str, one: dict) -> str:
     """One readable line of a metric: value, interval, count, baseline, and what trivial features reach."""
-    interval = "[{}, {}]".format(*map(digits, one["ci95"])) if one["ci95"] else f"({one.get('reason', 'no interval')})"
-    line = f"{pipeline:9} {name:26} {digits(one['value'])} {interval}  n = {one['n']:<6}"
+    low, high = (shown(one, bound) for bound in one["ci95"] or (0, 0))
+    interval = f"[{low}, {high}]" if one["ci95"] else f"({one.get('reason', 'no interval')})"
+    line = f"{pipeline:9} {name:26} {shown(one, one['value'])} {interval}  n = {counted(one):<6}"
     if one.get("baseline") is not None:
-        line += f"  {one['baseline_kind'].replace('_', ' ')}: {digits(one['baseline'])}"
+        line += f"  {one['baseline_kind'].replace('_', ' ')}: {shown(one, one['baseline'])}"
     if one.get("trivial") is not None:
-        line += f"  trivial features: {digits(one['trivial'])}"
+        line += f"  trivial features: {shown(one, one['trivial'])}"
+    if one.get("difference_of"):
+        line += f"  (difference of {one['difference_of']})"
     return f"{line}  ({one['label']})" if one.get("label") else line
 
 

@@ -10,6 +10,14 @@ from scripts.common.errors import KilnError
 
 FACTS = {"seconds": "s", "cpu_seconds": "cpu_time", "peak_rss_mb": "max_rss"}  # ours: Snakemake's column
 RECORDED = ("peak_vram_mb", "items", "items_per_second")
+UNITS = {"vase": "images", "busi": "images", "rae": "images", "coca": "slides", "biomedica": "pairs", "demo": "images"}
+OTHER_UNITS = {  # of rules whose items are not their pipeline's; a step is one of the optimiser
+    "busi_list_images": "files", "busi_train_lora": "steps",
+    "vase_build_dataset": "questions", "vase_check_reward": "completions", "vase_evaluate": "questions",
+    "vase_predict": "answers", "vase_split": "vases", "vase_split_labelled": "vases", "vase_train_grpo": "steps",
+    "vase_train_sft": "steps", "coca_train_tokenizer": "texts", "biomedica_list_remote": "shards",
+    "demo_draw_slides": "slides", "demo_train_vlm": "samples",
+}  # fmt: skip
 COLUMNS = ["rule", "job", "ended", *FACTS, *RECORDED]
 
 
@@ -46,12 +54,14 @@ def read_jobs(results: Path) -> pd.DataFrame:
 
 def by_rule(jobs: pd.DataFrame) -> pd.DataFrame:
     """One row for each rule, the longest first: jobs, seconds (sum), longest (seconds of the longest job), cpu_seconds
-    (sum), the largest peaks, items (sum), and items_per_second (median of its jobs; start and imports left out)."""
+    (sum), the largest peaks, items (sum), items_per_second (median of its jobs; start and imports left out), and
+    the unit that items are counted in."""
     table = jobs.groupby("rule").agg(
         jobs=("seconds", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"),
         cpu_seconds=("cpu_seconds", "sum"), peak_rss_mb=("peak_rss_mb", "max"), peak_vram_mb=("peak_vram_mb", "max"),
         items=("items", lambda own: own.sum(min_count=1)), items_per_second=("items_per_second", "median"),
     )  # fmt: skip
+    table["unit"] = [OTHER_UNITS.get(rule) or UNITS.get(rule.partition("_")[0], "items") for rule in table.index]
     return table.sort_values(["seconds", "rule"], ascending=[False, True]).reset_index()
 
 

@@ -134,13 +134,14 @@ def _retrieved(what: str, source: Made | None, name: str, models: Mapping[str, M
 
 
 def _changed(recorded: Mapping, published: Mapping) -> list[Difference]:
-    """The published settings that a record has otherwise."""
+    """The published settings that a record has otherwise, those of a section together."""
     ours, theirs = _flat(recorded), _flat(published)
-    wrong = [name for name in theirs if name not in FREE and ours.get(name) != theirs[name]]
-    if not wrong:
-        return []
-    named = [f"{name} = {json.dumps(ours.get(name))} (published {json.dumps(theirs[name])})" for name in wrong]
-    return [Difference("settings", ", ".join(named))]
+    sections: dict[str, list[str]] = {}
+    for name in theirs:
+        if name not in FREE and ours.get(name) != theirs[name]:
+            text = f"{name} = {json.dumps(ours.get(name))} (published {json.dumps(theirs[name])})"
+            sections.setdefault(name.partition(".")[0], []).append(text)
+    return [Difference("settings", ", ".join(texts)) for texts in sections.values()]
 
 
 def _flat(values: Mapping, place: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from docutils.core import publish_parts
 from scripts.common.errors import KilnError
 
 ALIKE = 3  # pictures of one kind that are shown side by side; of more, one stands for all
+SPELT = {"lora": "LoRA", "qlora": "QLoRA", "sft": "SFT", "grpo": "GRPO", "dinov2": "DINOv2", "siglip2": "SigLIP2"}
 WILDCARD = re.compile(r"\{(\w+)(?:,([^{}]*))?\}")  # of Snakemake: a name and perhaps an expression for it
 
 
@@ -29,8 +30,12 @@ class Picture(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its labels in words."""
-        return " · ".join(self.labels.values()).replace("_", " ")
+        """Its labels in words: first what it shows, then of which step and, where there are several, which of them."""
+        labels = dict(self.labels)
+        parts = [one for one in (labels.pop("picture", ""), *labels.values()) if one not in ("", "all")]
+        words = " · ".join(parts).replace("_", " ").split()
+        text = " ".join(SPELT.get(word, word) for word in words)
+        return text[:1].upper() + text[1:]
 
 
 class Kind(NamedTuple):

@@ -21,9 +21,9 @@ from scripts.common import artefacts, step
 from scripts.common.errors import KilnError
 from scripts.report.drawn import uses_drawn_data
 from scripts.report.fonts import embedded_face
-from scripts.report.headlines import digits, verdict
+from scripts.report.headlines import counted, digits, shown, verdict
 from scripts.report.jobs import record_files
-from scripts.report.overview import main_metric
+from scripts.report.overview import WAITING, main_metric
 from scripts.report.pictures import Kind, Picture, by_kind, find_pictures
 
 TITLES = {
@@ -32,6 +32,27 @@ TITLES = {
     "rae": "Representation autoencoder",
     "coca": "Slides and reports: CoCa",
     "biomedica": "Figures and captions: CLIP on local and streamed pairs",
+}
+WORDS = {  # of the glossary, to which the baselines and kinds of intervals of these names lead
+    "baseline": "What a number is compared with: a guess, an untreated input, or the same model before a step.",
+    "chance": "The expectation of a random answer or order.",
+    "majority": "The answer that is most frequent in training, given to every question (of its kind).",
+    "most frequent": "The class that is most frequent on the test side itself: no constant answer scores more.",
+    "constant": "One picture for all, the best there is: each pixel the mean of its place.",
+    "shrunk input": "The pictures themselves, made 8 times smaller and large again: a blur that needs no model.",
+    "before filtering": "All images of the test side, accepted or not.",
+    "random view": "A view drawn at random from the same vases.",
+    "shuffled images": "The same questions, each asked beside the picture of another vase.",
+    "image grounding": "Accuracy with the right pictures, against that with shuffled images: what the model takes from "
+    "the picture and not from the words of the question.",
+    "before grpo": "The model after SFT, before GRPO, on the same questions.",
+    "local only": "Runs of as many steps on local pairs alone; hybrid over local is the difference to them.",
+    "baseline + paired difference": "Both models answer the same items. The interval is that of their difference, item "
+    "by item, put upon the baseline: it is clear of the baseline where the difference is clear of 0.",
+    "delete-a-group jackknife": "Of a number that is no mean, such as rFID: the items are dealt to groups in turn, the "
+    "number is computed with each group left out, and the interval follows from how far these differ.",
+    "groups": "Items that belong together (views of a vase, slides of a patient, figures of an article, near-twins) "
+    "are resampled together, since one tells little more than all: the interval rests on the groups, not on n.",
 }
 CAPTIONS = 6  # of slides, shown
 WIDE, TALL = 1100, 2.5  # pixels; of the width
@@ -98,6 +119,19 @@ def by_step(funnels: pd.DataFrame, pipeline: str) -> dict[str, list[dict]]:
     return {name: _rows(rows) for name, rows in own.groupby("step", sort=False)}
 
 
+def totals(rules: pd.DataFrame) -> list[dict]:
+    """What all rules of rules.csv took, then those of each pipeline, the longest first; services, which wait, left out.
+
+    Keys: name, jobs, seconds and cpu_seconds (sums), longest, peak_rss_mb and peak_vram_mb (largest).
+    """
+    rules = rules[~rules["rule"].isin(WAITING)]
+    sums = dict.fromkeys(("jobs", "seconds", "cpu_seconds"), "sum")
+    peaks = dict.fromkeys(("longest", "peak_rss_mb", "peak_vram_mb"), "max")
+    by_pipeline = rules.groupby(rules["rule"].str.partition("_")[0]).agg(sums | peaks)
+    by_pipeline = by_pipeline.rename_axis("name").sort_values("seconds", ascending=False).reset_index()
+    return _rows(pd.concat([rules.agg(sums | peaks).to_frame("all").T.rename_axis("name").reset_index(), by_pipeline]))
+
+
 def captions(path: Path | None) -> list[dict[str, str]]:
     """Captions of a table {slide, text, caption}, evenly spread over its slides; none without a table."""
     if path is None:
@@ -143,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
     found = [one for marked in args.pictures for one in find_pictures(marked)]
     drawn, kinds = sort_pictures(found, args.funnels.parent)
     config = yaml.safe_load((args.results / "config.yaml").read_text(encoding="utf-8"))
-    variants = pd.read_csv(args.variants)
+    variants, rules = pd.read_csv(args.variants), pd.read_csv(args.rules)
     page = _render(
         summary=summary,
         titles=TITLES,
@@ -154,7 +188,10 @@ def run(args: argparse.Namespace) -> None:
         pictures={pipeline: kinds.get(pipeline, []) for pipeline in summary},
         drawn_funnels={pipeline: drawn.get(pipeline, []) for pipeline in summary},
         funnels={pipeline: by_step(pd.read_csv(args.funnels), pipeline) for pipeline in summary},
-        rules=_rows(pd.read_csv(args.rules)),
+        rules=_rows(rules),
+        totals=totals(rules),
+        words=WORDS,
+        services=[name for name in WAITING if name in set(rules["rule"])],
         captions=captions(args.captions),
         environment=environment(record_files(args.results)),
         results=config["results"],
@@ -178,8 +215,8 @@ def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     made.lstrip_blocks = True
-    made.globals |= {"bar": bar, "digits": digits, "embedded": embedded, "form": form}
-    made.globals |= {"not_better": not_better, "size": size, "verdict": verdict}
+    made.globals |= {"bar": bar, "counted": counted, "digits": digits, "embedded": embedded, "form": form}
+    made.globals |= {"not_better": not_better, "shown": shown, "size": size, "verdict": verdict}
     return made.get_template("index.html.jinja")
 
 

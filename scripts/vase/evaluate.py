@@ -124,6 +124,7 @@ def sampled_scores(samples: pd.DataFrame, seed: int) -> dict[str, Any]:
     kinds = [name for name in (*DIMENSIONS, CAPTION) if name in parts.index]
     return {
         "prompts": len(rows),
+        "vases": int(rows["vase"].nunique()),
         "completions": len(samples),
         **means,
         "content_by_dimension": {name: float(parts[name]) for name in kinds},
@@ -177,6 +178,9 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
     def mean(frame: pd.DataFrame, asked: pd.DataFrame, dimension: str | None = None) -> float:
         return float(accuracy_of(frame, dimension)["accuracy"].reindex(asked.index, fill_value=0.0).mean())
 
+    def vases_of(model: str, dimension: str) -> dict[str, Any]:
+        return {"groups": found["models"][model]["greedy"][dimension]["vases"], "grouped_by": "vase"}
+
     sft = scores.tables[SFT, "greedy"]
     one, rows = found["models"][SFT]["greedy"].get(SINGLE, {}).get("accuracy"), accuracy_of(sft)
     if one is None or one["ci95"] is None:
@@ -187,10 +191,10 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
         for name in kinds:
             part, asked = found["models"][SFT]["greedy"][name]["accuracy"], accuracy_of(sft, name)
             floor = {"baseline": mean(majority, asked, name), "baseline_kind": "majority", "higher_is_better": True}
-            parts[name] = {**part, **floor, "trivial": mean(guessed, asked, name)}
+            parts[name] = {**part, **floor, **vases_of(SFT, name), "trivial": mean(guessed, asked, name)}
         made["sft_accuracy"] = statistics.metric(
             one["value"], one["n"], one["ci95"], mean(majority, rows), "majority", trivial=mean(guessed, rows),
-            parted_by="dimension", parts=parts,
+            **vases_of(SFT, SINGLE), parted_by="dimension", parts=parts,
         )  # fmt: skip
     one, rows = found["models"][SFT]["greedy"].get(GROUNDED, {}).get("accuracy"), accuracy_of(sft, GROUNDED)
     shuffled = found["models"][SFT].get("shuffled", {}).get(GROUNDED)
@@ -199,7 +203,7 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
     else:
         made["image_grounding"] = statistics.metric(
             one["value"], one["n"], one["ci95"], shuffled["accuracy"]["value"], "shuffled_images",
-            trivial=mean(guessed, rows, GROUNDED), about=GROUNDED,
+            trivial=mean(guessed, rows, GROUNDED), about=GROUNDED, **vases_of(SFT, GROUNDED),
         )  # fmt: skip
     gain = found["differences"].get(f"{GRPO} - {SFT}", {}).get("content")
     if gain is None or gain["ci95"] is None:
@@ -209,6 +213,7 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
         made["grpo_reward"] = statistics.metric(
             after["value"], after["n"], [before["value"] + bound for bound in gain["ci95"]], before["value"],
             "before_grpo", trivial=scores.content_of(floors["trivial"]), interval_of="baseline + paired difference",
+            about="content part, sampled answers", groups=found["models"][GRPO]["sampled"]["vases"], grouped_by="vase",
             completions=found["models"][GRPO]["sampled"]["completions"],
             greedy_accuracy={
                 name: found["models"][name]["greedy"].get(SINGLE, {}).get("accuracy", {}).get("value")
@@ -223,7 +228,7 @@ def summary(scores: Scores, floors: Mapping[str, Mapping[str, str]], found: Mapp
         made["grpo_accuracy"] = statistics.metric(
             after["value"], after["n"], [before["value"] + bound for bound in gain["ci95"]], before["value"],
             "before_grpo", trivial=mean(guessed, accuracy_of(sft)), interval_of="baseline + paired difference",
-            about="greedy answers",
+            about="greedy answers", **vases_of(GRPO, SINGLE),
         )  # fmt: skip
     return made, left_out
 

@@ -39,6 +39,8 @@ def accepted_quality(test: pd.DataFrame) -> dict:
         ci95=statistics.bootstrap_interval(accepted["quality"].to_numpy(float), groups=accepted["vase"].to_numpy()),
         baseline=float(test["quality"].mean()),
         baseline_kind="before_filtering",
+        groups=accepted["vase"].nunique(),
+        grouped_by="vase",
         trivial=float(trivially["quality"].mean()),
         auc_of_score=float(roc_auc_score(test["quality"], test["score"])),
     )
