@@ -92,13 +92,13 @@ def test_pictures_of_a_kind_are_folded_until_asked_for_and_fit_the_screen(browse
 def test_a_picture_opens_at_its_full_size_and_closes_where_the_page_was(browser, small, size):
     page, _ = opened(browser, small, size)
     box = "one => { const {width, height} = one.getBoundingClientRect(); return [width, height] }"
-    image = page.get_by_alt_text("train, sheet")
+    image = page.get_by_alt_text("Sheet · train")
     image.scroll_into_view_if_needed()
     before, top = image.evaluate(box), page.evaluate("scrollY")
     assert before[0] < 1500
     image.click()
     assert image.evaluate(box) == [1500, 400]
-    page.get_by_role("checkbox", name="full size: train · sheet").press("Space")  # by keyboard too
+    page.get_by_role("checkbox", name="full size: Sheet · train").press("Space")  # by keyboard too
     assert image.evaluate(box) == before and page.evaluate("scrollY") == top
 
 
