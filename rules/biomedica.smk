@@ -307,13 +307,13 @@ rule biomedica_draw_curves:
             f"{BIOMEDICA}/draw_curves/{{variant}}/{{arm}}-{{seed}}/loss.png",
             caption="captions/biomedica_loss.rst",
             category="biomedica",
-            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "loss"},
+            labels={"step": "train {arm}, seed {seed}", "variant": "{variant}", "picture": "loss"},
         ),
         retrieval=report(
             f"{BIOMEDICA}/draw_curves/{{variant}}/{{arm}}-{{seed}}/retrieval.png",
             caption="captions/biomedica_retrieval.rst",
             category="biomedica",
-            labels={"step": "train {arm} {seed}", "variant": "{variant}", "picture": "retrieval"},
+            labels={"step": "train {arm}, seed {seed}", "variant": "{variant}", "picture": "retrieval"},
         ),
         meta=f"{BIOMEDICA}/draw_curves/{{variant}}/{{arm}}-{{seed}}/meta.json",
     log:

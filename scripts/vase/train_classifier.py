@@ -105,6 +105,7 @@ def score(fit: Fit, values: ClassifierSettings, table: pd.DataFrame, folder: Pat
     report["accuracy"] = statistics.metric(
         accuracy["value"], accuracy["n"], accuracy["ci95"],
         baseline=float((test["label"] == majority).mean()), baseline_kind="majority",
+        groups=report["n_groups"], grouped_by="vase",
         trivial=classification.trivial_baseline(
             trivial.image_features(paths["train"]), parts["train"]["label"].to_numpy(),
             trivial.image_features(paths["test"]), test["label"].to_numpy(),
