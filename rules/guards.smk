@@ -108,10 +108,10 @@ def check_account():
 
 
 def check_names():
-    """Stop before anything is planned if a rule is misspelt, be it a target or what `make accept` is to keep."""
-    rules = [rule.name for rule in workflow.rules]
+    """Stop before anything is planned if a target, or what `make accept` is to keep, is misspelt."""
+    rules = [one.name for one in workflow.rules]
     kept = os.environ.get(accept.VARIABLE)
-    if kept is not None and not any(retrain.is_named(rule, kept) for rule in rules):
+    if kept is not None and not any(retrain.is_named(one, kept) for one in rules):
         raise retrain.no_such_rule(kept, rules)
     asked = workflow.dag_settings
     for name in sorted({*asked.targets, *asked.forcerun, *asked.until, *asked.omit_from}):

@@ -1,6 +1,7 @@
 """What the plan says before any job: GPUs that are not there, where settings come from, an account not yet set."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,9 @@ def test_a_misspelt_rule_to_accept_is_told_before_missing_data(tmp_path):
 
 
 def test_a_dry_run_without_conda_plans_and_says_that_a_run_would_stop(folder):
-    path = ":".join(one for one in os.environ["PATH"].split(":") if not Path(one, "conda").exists())
+    path = "/usr/bin:/bin"
+    if shutil.which("conda", path=path):
+        pytest.skip("this machine has conda for all")
     arguments = ("busi_list_images", *given(more="device=cpu"), "--cores", "1", "--sdm", "conda")
     said = snakemake(folder, "-n", *arguments, PATH=path)
     no_conda = "environments of rules are made by conda, and there is no command `conda`\nHint: "
