@@ -74,11 +74,34 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 STATE = f"{RESULTS}/state"
 MODELS_TABLE = f"{ROOT}/config/models.csv"
 MODELS = or_stop(read_models, Path(MODELS_TABLE))
-if workflow.is_main_process and DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
-    or_stop(doctor.require_conda)
 IN_ENVIRONMENT = {DeploymentMethod.CONDA, DeploymentMethod.APPTAINER} & set(
     workflow.deployment_settings.deployment_method
 )
+ADVICE = []  # what a dry run has yet to say
+
+
+def advise(text):
+    """Say what the user should know before the jobs run: at once; in a dry run below its list of jobs, which is long."""
+    if workflow.output_settings.dryrun:
+        ADVICE.append(text)
+    else:
+        logger.warning(text)
+
+
+def look_for_conda():
+    """Stop, or warn in a dry run, which then plans without it, if there is no conda to make environments."""
+    try:
+        doctor.require_conda()
+    except KilnError as error:
+        if not workflow.output_settings.dryrun:
+            raise
+        advise(str(error))
+        methods = set(workflow.deployment_settings.deployment_method)
+        workflow.deployment_settings.deployment_method = methods - {DeploymentMethod.CONDA}
+
+
+if workflow.is_main_process and DeploymentMethod.CONDA in IN_ENVIRONMENT:
+    or_stop(look_for_conda)
 PYTHON = "python" if IN_ENVIRONMENT else shlex.quote(sys.executable)
 STEP_ONLINE = f"env HF_HUB_OFFLINE=0 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"
 STEP = f"env HF_HUB_OFFLINE=1 PYTHONPATH={shlex.quote(ROOT)} {PYTHON} -m"

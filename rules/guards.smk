@@ -62,7 +62,7 @@ def check_disk():
     """Stop, or warn in a dry run, if a disk lacks room for what the jobs that will run write."""
     named = ((name, job) for job in workflow.dag.needrun_jobs() for name in WRITES if retrain.is_rule(job, name))
     asked = ((name, need) for name, job in named for need in WRITES[name](job.wildcards))
-    disk.require(disk.by_filesystem(asked), logger.warning if workflow.dryrun else None)
+    disk.require(disk.by_filesystem(asked), advise if workflow.dryrun else None)
 
 
 def check_packages():
@@ -74,7 +74,7 @@ def check_packages():
     except KilnError as error:
         if not workflow.dryrun:
             raise
-        logger.warning(str(error))
+        advise(str(error))
 
 
 def elsewhere():
@@ -91,7 +91,7 @@ def check_gpus():
     }
     asking = [name for name, job in one_of.items() if asks_for_gpu(job)]
     trainings = [name for name in asking if any(retrain.is_named(name, training) for training in TRAININGS)]
-    doctor.advise_on_gpus([*sorted(trainings), *sorted(set(asking) - set(trainings))], CONFIG.device, logger.warning)
+    doctor.advise_on_gpus([*sorted(trainings), *sorted(set(asking) - set(trainings))], CONFIG.device, advise)
 
 
 def asks_for_gpu(job):
@@ -104,7 +104,19 @@ def check_account():
     defaults = workflow.resource_settings.default_resources or {}
     account = str(defaults["slurm_account"].raw) if "slurm_account" in defaults else ""
     if workflow.dryrun and re.fullmatch(PLAIN, account):
-        cluster_guard.advise_on_account(account, logger.warning)
+        cluster_guard.advise_on_account(account, advise)
+
+
+def check_names():
+    """Stop before anything is planned if a target, or what `make accept` is to keep, is misspelt."""
+    rules = [one.name for one in workflow.rules]
+    kept = os.environ.get(accept.VARIABLE)
+    if kept is not None and not any(retrain.is_named(one, kept) for one in rules):
+        raise retrain.no_such_rule(kept, rules)
+    asked = workflow.dag_settings
+    for name in sorted({*asked.targets, *asked.forcerun, *asked.until, *asked.omit_from}):
+        if re.fullmatch(r"[\w-]+", name) and name not in rules and not IN_MODULE:  # all files of ours lie in folders
+            raise retrain.no_such_rule(name, rules)
 
 
 def look_at_plan():
@@ -116,6 +128,9 @@ def look_at_plan():
         records.keep(Path(RESULTS), METADATA)
     else:
         retrain.guard(plan, TRAININGS, CONFIG.confirm_gpu_hours, CONFIG.allow_retrain, retrain.at_exit)
+        others = [Path(file).absolute() for file in workflow.config_settings.configfiles]
+        if others and USER_FILE not in others and not IN_MODULE:
+            kiln_config.advise_on_user_file(Path("config/config.yaml"), os.path.relpath(others[-1]), config, advise)
         if not (IN_ENVIRONMENT or workflow.touch):
             check_packages()
         if not workflow.touch:
@@ -123,6 +138,8 @@ def look_at_plan():
             check_account()
         if CONFIG.check_disk and not workflow.touch:  # which writes nothing
             check_disk()
+        if ADVICE:
+            retrain.at_exit("\n" + "\n\n".join(ADVICE))
         if not workflow.dryrun:
             CODES.keep()
     if IN_MODULE and not workflow.dryrun and any(workflow.dag.needrun_jobs()):
@@ -233,6 +250,7 @@ if workflow.is_main_process:
         show_job_lines()
     logger.addHandler(FAILURES)
     or_stop(records.take_over, Path(RESULTS), METADATA)
+    logger.addHandler(moments.At(moments.STARTED, check_names))
     logger.addHandler(moments.At(moments.PLANNED, look_at_plan))
     if not IN_MODULE:
         logger.addHandler(moments.At(moments.STARTED, forget_places_of_environments))

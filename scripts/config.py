@@ -8,7 +8,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from scripts.rae.settings import RaeSettings
 from scripts.vase.settings import VaseSettings
 
 ROOT = Path(__file__).resolve().parents[1]
+KEYS_SHOWN = 8
 SET = "set"  # the key of Snakemake's `config` that holds dotted overrides
 HEADER = (
     "# yaml-language-server: $schema=schema.json\n"
@@ -132,8 +133,7 @@ def load(given: Mapping[str, Any], user_file: Path, origins: Origins = tuple) ->
         KilnError: an unknown key or a bad value, before any job; where it was given is named.
     """
     own = settings.read_yaml(user_file) if user_file.is_file() else {}
-    plain = {name: value for name, value in given.items() if name != SET}
-    overrides = settings.parse_overrides(str(given[SET])) if given.get(SET) else {}
+    plain, overrides = _parted(given)
     values = settings.merge(settings.merge(own, plain), overrides)
 
     def source(location: settings.Location) -> str:
@@ -141,6 +141,34 @@ def load(given: Mapping[str, Any], user_file: Path, origins: Origins = tuple) ->
         return _given_by(location, told)
 
     return settings.validate(Config, values, source)
+
+
+def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Snakemake's `config` without its key `set`, and what that holds."""
+    plain = {name: value for name, value in given.items() if name != SET}
+    return plain, settings.parse_overrides(str(given[SET])) if given.get(SET) else {}
+
+
+def advise_on_user_file(user_file: Path, above: str, given: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Say which keys of the user's file count beneath another file, as beneath the demo's, whose results then differ.
+
+    Args:
+        above: that file, as it is called.
+        given: Snakemake's `config`; keys that it holds do not count.
+    """
+    own = settings.read_yaml(user_file) if user_file.is_file() else {}
+    keys = list(_missing(own, settings.merge(*_parted(given))))
+    if keys:
+        more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+        say(f"{user_file} counts beneath {above}, by what it alone sets: {', '.join(keys[:KEYS_SHOWN])}{more}")
+
+
+def _missing(values: Mapping[str, Any], above: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(above.get(name, {}), Mapping):
+            yield from _missing(value, above.get(name, {}), f"{place}{name}.")
+        elif name not in above:
+            yield f"{place}{name}"
 
 
 def _parts(given: Mapping[str, Any], origins: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping]]:

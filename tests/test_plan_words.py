@@ -1,6 +1,7 @@
 """What the plan says before any job: GPUs that are not there, where settings come from, an account not yet set."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_jobs_that_ask_for_a_gpu_are_named_where_there_is_none(folder, device, w
     said = snakemake(folder, "busi", "-n", "--cores", "1", *given(more=f"device={device}"))
     (line,) = [one for one in said.splitlines() if one.startswith(NO_GPU)]
     assert line.startswith(f"{NO_GPU}{ASKING}{would}")
-    assert said.index(NO_GPU) < said.index("Job 1:"), "above the list of jobs"
+    assert said.index(NO_GPU) > said.index("This was a dry-run"), "below the list of jobs, which is long"
     assert "Hint: run where GPUs are" in said and "device=cpu" in said
 
 
@@ -89,6 +90,62 @@ def test_the_users_file_is_among_the_files_that_snakemake_names(folder):
         assert line.count(str(own)) == 1 and line.count(str(mine)) == 1
 
 
+COUNTS = "config/config.yaml counts beneath mine.yaml, by what it alone sets: "
+
+
+@pytest.fixture
+def two_files(folder) -> Path:
+    """A folder with the user's own file, of which mine.yaml leaves one value as it is."""
+    (folder / "config").mkdir()
+    own = {"busi": {"images": "data/busi", "list": {"classes": ["normal", "benign", "malignant"]}}, "device": "cpu"}
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(own))
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"busi": {"images": "data/busi"}, "device": "cpu"}))
+    return folder
+
+
+def test_what_the_users_file_sets_beneath_another_is_said_by_its_keys(two_files):
+    said = snakemake(two_files, "busi_list_images", "-n", "--configfile", "mine.yaml")
+    assert f"{COUNTS}busi.list.classes\n" in said
+    with locks.writer_lock(two_files / "results", "probe", mode=0o666):
+        said = snakemake(two_files, "busi_list_images", "--cores", "1", "--configfile", "mine.yaml")
+    assert said.index(COUNTS) < said.index("another process writes here: probe")
+
+
+@pytest.mark.parametrize("arguments", [
+    [],
+    ["--configfile", "mine.yaml", "config/config.yaml"],
+    ["--configfile", "mine.yaml", "--config", "set=busi.list.classes=[normal,benign,malignant]"],
+])  # fmt: skip
+def test_nothing_is_said_of_a_users_file_that_sets_nothing_alone_or_was_asked_for(two_files, arguments):
+    said = snakemake(two_files, "busi_list_images", "-n", *arguments)
+    assert "This was a dry-run" in said and "config.yaml counts" not in said
+
+
+@pytest.mark.parametrize("arguments", [["bus"], ["busi", "--forcerun", "bus"], ["--until", "bus"]])
+def test_a_misspelt_target_is_told_at_once_with_the_nearest_names(tmp_path, arguments):
+    said = snakemake(tmp_path, "-n", *arguments)
+    assert "Error: bus: no rule has this name\nHint: did you mean busi? " in said and "MissingRule" not in said
+
+
+def test_a_misspelt_rule_to_accept_is_told_before_missing_data(tmp_path):
+    for target in ("busi", "busy"):  # where `make accept` takes it from the rule
+        said = snakemake(tmp_path, target, "-n", "--quiet", KILN_ACCEPT="busi_trian_lora")
+        assert "Error: busi_trian_lora: no rule has this name\nHint: did you mean busi_train_lora? " in said
+        assert "no such folder" not in said
+
+
+def test_a_dry_run_without_conda_plans_and_says_that_a_run_would_stop(folder):
+    path = "/usr/bin:/bin"
+    if shutil.which("conda", path=path):
+        pytest.skip("this machine has conda for all")
+    arguments = ("busi_list_images", *given(more="device=cpu"), "--cores", "1", "--sdm", "conda")
+    said = snakemake(folder, "-n", *arguments, PATH=path)
+    no_conda = "environments of rules are made by conda, and there is no command `conda`\nHint: "
+    assert said.index("This was a dry-run") < said.index(no_conda)
+    said = snakemake(folder, *arguments, PATH=path)
+    assert no_conda in said and not (folder / "results").exists()
+
+
 @pytest.fixture
 def cluster(folder, tmp_path_factory):
     """A dry run by the Slurm profile, where `sacctmgr` knows some accounts."""
@@ -117,7 +174,7 @@ def test_a_dry_run_for_slurm_is_as_calm_as_one_for_this_machine(cluster):
 def test_a_dry_run_for_slurm_says_that_the_account_is_not_set(cluster):
     said = cluster("physics\\n")
     assert "slurm_account = ml: Slurm knows no such account of yours" in said and "your accounts: physics" in said
-    assert said.index("slurm_account = ml") < said.index("This was a dry-run")
+    assert said.index("slurm_account = ml") > said.index("This was a dry-run")
     unknown = cluster("")
     assert unknown.count("slurm_account = ml is the example of slurm/config.yaml") == 1
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from snakemake.settings.types import OutputSettings
 
 from scripts.common import heartbeat, job_lines, progress
+from scripts.retrieve import transfer
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "results/demo/draw_digits/files.json"
@@ -265,6 +266,20 @@ def test_the_terminal_handler_is_changed_where_nothing_else_is_asked_for(asked):
     logger.addHandler(handler)
     shown = job_lines.show(logger, settings, lambda: 0, lambda: True, Path())
     assert (handler.formatter is formatter) == (shown is None) == bool(asked)
+
+
+@pytest.mark.parametrize("total", [4 * 10**9, None])
+def test_how_far_a_download_is_is_told(tmp_path, caplog, total):
+    log = tmp_path / "retrieve_model.log"
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged/model.safetensors").write_bytes(bytes(10**7))
+    with caplog.at_level("INFO", logger="kiln"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "LOG_SECONDS", 0.01)
+        with transfer.progress("qwen2.5-vl-3b-instruct", tmp_path / "staged", total):
+            while not caplog.records:
+                time.sleep(0.01)
+    log.write_text(f"10:00:01 {caplog.records[0].getMessage()}\n10:00:02 something else\n")
+    assert progress.last(log) == f"qwen2.5-vl-3b-instruct: 0.01 GB of {'4.00 GB' if total else '?'}"
 
 
 def test_the_newest_line_of_progress_is_told(tmp_path, caplog):

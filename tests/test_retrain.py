@@ -201,7 +201,8 @@ def test_nothing_is_accepted_before_its_inputs_are_made(copied):
 
 
 @pytest.mark.parametrize(
-    "rule, word", [("vase_train_classifer", "is it vase_train_classifier?"), ("rae_train_autoencoder", "add a target")]
+    "rule, word",
+    [("vase_train_classifer", "did you mean vase_train_classifier"), ("rae_train_autoencoder", "add a target")],
 )
 def test_only_what_is_planned_can_be_accepted(finished_run, rule, word):
     done = accept(finished_run, "--config", LR, rule=rule)

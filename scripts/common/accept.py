@@ -7,7 +7,6 @@ nor those after them run again because of what was accepted; a later change show
 """
 
 import datetime
-import difflib
 import os
 import shlex
 import sys
@@ -36,12 +35,8 @@ def accept(plan: Plan, rule: str, say: Callable[[str], None]) -> None:
         raise KilnError(f"{VARIABLE}={rule}: results are accepted in a dry run alone", f"make accept RULE={rule}")
     jobs = [job for job in plan.dag.jobs if is_rule(job, rule)]
     if not jobs:
-        names = sorted(one.name for one in plan.workflow.rules)
-        near = difflib.get_close_matches(rule, names, n=1)
-        raise KilnError(
-            f"{rule}: no job of such a rule is planned here",
-            f"is it {near[0]}?" if near and near[0] != rule else 'add a target that needs it: ARGS="TARGET"',
-        )
+        hint = f"add a target that needs it: make accept RULE={rule} TARGET=..."
+        raise KilnError(f"{rule}: no job of this rule is planned here", hint)
     again = [job for job in jobs if plan.dag.needrun(job)]
     if not again:
         say(f"\n{rule}: no result of it would be made again, so there is nothing to accept")

@@ -49,7 +49,7 @@ def refuse(outputs: Iterable[Path]) -> None:
         more = f"\nand {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise KilnError(
             "\n".join(map(str, found[:SHOWN])) + more,
-            "delete what was changed, to have it made anew (keep a copy elsewhere if you need it): rm "
+            "delete what was changed (keep a copy elsewhere if you need it), and the same command makes it anew: rm "
             + " ".join(sorted({f"'{one.output}'" for one in found})),
         )
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 LOG_SECONDS = 30
-LINE = re.compile(rb"\S[^\n:]*: \d+ of (?:\d+|\?), [\d.]+/s$", re.MULTILINE)
+LINE = re.compile(rb"\S[^\n:]*: (?:\d+ of (?:\d+|\?), [\d.]+/s|[\d.]+ GB of (?:[\d.]+ GB|\?))$", re.MULTILINE)
 log = logging.getLogger("kiln")
 
 
@@ -33,7 +33,7 @@ def bar(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
 
 
 def last(path: Path, tail: int = 4096) -> str:
-    """The newest of the lines that `bar` left in a log, of its last `tail` bytes; empty if there is none, or no log."""
+    """The newest line that `bar` or a download left in a log's last `tail` bytes; empty if there is none, or no log."""
     try:
         with path.open("rb") as handle:
             handle.seek(max(0, os.fstat(handle.fileno()).st_size - tail))

@@ -6,6 +6,7 @@ that would run again; a real one stops before any job if one of them is dear.
 
 import atexit
 import contextlib
+import difflib
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -290,6 +291,13 @@ def is_rule(job: Any, name: str) -> bool:
 def is_named(rule: str, name: str) -> bool:
     """Whether `rule` is the name of a rule, with or without a module's prefix."""
     return rule == name or rule.endswith(f"_{name}")
+
+
+def no_such_rule(name: str, rules: Collection[str]) -> KilnError:
+    """The refusal of a name that is none of `rules`, with the nearest of them."""
+    near = difflib.get_close_matches(name, sorted(rules), n=3)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return KilnError(f"{name}: no rule has this name", f"{meant}`snakemake --list` names all rules")
 
 
 def name_of(job: Any) -> str:
