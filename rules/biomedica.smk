@@ -42,9 +42,7 @@ BIOMEDICA_TRAININGS = sorted(  # of all variants, as {variant}/{arm}-{seed}
 BIOMEDICA_TRAIN_CLASS = "network" if BIOMEDICA_REPO else CONFIG.biomedica.resources
 BIOMEDICA_TRAIN_CODE = ("scripts.common.devices", "scripts.biomedica.training", "scripts.biomedica.hybrid")
 BIOMEDICA_PICTURES = ("scores", "retrieval", "confusion", *(("runs",) if BIOMEDICA_SEEDS else ()))
-BIOMEDICA_LOOK = functools.partial(
-    layouts.require_shards, default=kiln_config.Config().biomedica.shards, say=logger.warning
-)
+BIOMEDICA_LOOK = functools.partial(layouts.require_shards, default=kiln_config.Config().biomedica.shards, say=advise)
 BIOMEDICA_DEMO = bool(served(BIOMEDICA_SHARDS, "any"))
 
 
