@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
-from rerun_cases import BIOMEDICA, BIOMEDICA_AFTER_TRAINING, named
+from rerun_cases import BIOMEDICA, BIOMEDICA_AFTER_TRAINING, BIOMEDICA_TRAININGS, named
 
 pytestmark = pytest.mark.slow(minutes=5)
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123"
@@ -157,7 +157,7 @@ def test_messages_rerun_nothing_and_numbers_retrain(copied):
     workflow.edit(checkout / "scripts/biomedica/train_clip.py", "import argparse\n", "import argparse\nimport string\n")
     assert planned(checkout, run) == {}
     training.write_text(training.read_text() + "\nEXTRA = 1\n")
-    assert planned(checkout, run) == named("biomedica", {"train_clip": 4, **BIOMEDICA_AFTER_TRAINING})
+    assert planned(checkout, run) == named("biomedica", {**BIOMEDICA_TRAININGS, **BIOMEDICA_AFTER_TRAINING})
 
 
 def test_a_local_shard_that_is_rewritten_reruns_what_reads_the_folder(copied):

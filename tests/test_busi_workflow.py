@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
-from rerun_cases import BUSI, BUSI_EXECUTION
+from rerun_cases import BUSI, BUSI_AFTER_TRAINING, BUSI_EXECUTION, BUSI_TRAINING
 from vlm_fixtures import tiny_base
 
 from scripts.common.model_folders import identity
@@ -156,7 +156,7 @@ def test_a_folder_that_is_no_class_stops_before_any_training(copied):
 def test_a_variant_stands_beside_what_is_there(copied):
     checkout, run = copied
     low = ("--config", "set=busi.variants.low.train.lr=1e-3 busi.variants.low.seeds=[42,7]")
-    more = {"busi_train_lora": 2, "busi_merge": 2, "busi_predict": 2, "busi_evaluate": 2, "busi_describe_model": 2}
+    more = dict.fromkeys((*BUSI_TRAINING, *BUSI_AFTER_TRAINING), 2)
     assert workflow.planned(checkout, run, "busi", *low) == more
     before = {path: path.read_bytes() for path in (run / "results/busi").glob("*/main/**/*.safetensors")}
     workflow.run(checkout, run, "busi", *low)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import workflow
 import yaml
-from rerun_cases import COCA, COCA_AFTER_TRAINING, named
+from rerun_cases import COCA, COCA_AFTER_TRAINING, COCA_TRAINING, named
 
 from scripts.demo import draw_slides
 from scripts.demo.slides import DIAGNOSES
@@ -119,7 +119,7 @@ def test_a_variant_is_made_beside_main_which_stays(copied):
     checkout, run = copied
     low = ("coca", "--config", "set=coca.variants.low.train.lr=1e-4")
     before = of_run(run, "main")
-    assert workflow.planned(checkout, run, *low) == named("coca", {"train": 1, **COCA_AFTER_TRAINING})
+    assert workflow.planned(checkout, run, *low) == named("coca", {**COCA_TRAINING, **COCA_AFTER_TRAINING})
     workflow.run(checkout, run, *low)
     assert of_run(run, "main") == before
     made = {str(path).replace("/low/", "/main/", 1): data for path, data in of_run(run, "low").items()}
@@ -138,7 +138,7 @@ def test_comments_and_messages_rerun_nothing_and_numbers_retrain(copied):
     workflow.edit(checkout / "scripts/coca/train.py", "epoch %d/%d, step %d: %s", "epoch %d of %d, step %d: %s")
     assert workflow.planned(checkout, run, "coca") == {}
     workflow.edit(checkout / "scripts/coca/losses.py", 'reduction="sum")', 'reduction="sum") * 2')
-    assert workflow.planned(checkout, run, "coca") == named("coca", {"train": 1, **COCA_AFTER_TRAINING})
+    assert workflow.planned(checkout, run, "coca") == named("coca", {**COCA_TRAINING, **COCA_AFTER_TRAINING})
 
 
 def test_a_new_slide_reruns_what_reads_its_folder(copied):
@@ -149,7 +149,7 @@ def test_a_new_slide_reruns_what_reads_its_folder(copied):
     slide.unlink()
     planned = workflow.planned(checkout, run, "coca")
     assert planned == named(
-        "coca", {"list_slides": 1, "split": 1, "train_tokenizer": 1, "train": 1, **COCA_AFTER_TRAINING}
+        "coca", {"list_slides": 1, "split": 1, "train_tokenizer": 1, **COCA_TRAINING, **COCA_AFTER_TRAINING}
     )
 
 
@@ -166,7 +166,7 @@ def test_a_frozen_slide_encoder_comes_before_training_and_a_trained_one_after(fi
     assert workflow.planned(checkout, fresh, model, *frozen) == before | {"coca_encode_slides": 1}
     assert workflow.planned(checkout, fresh, latents) == before | {"coca_encode_slides": 1}
     both = f"{frozen[1]} coca.variants.low.train.lr=1e-4"
-    twice = named("coca", dict.fromkeys(("train", "caption", "evaluate", "describe_model", "predict"), 2))
+    twice = named("coca", dict.fromkeys((*COCA_TRAINING, "caption", "evaluate", "describe_model", "predict"), 2))
     planned = workflow.planned(checkout, fresh, "coca", "--config", both)
     assert planned == before | twice | {"coca_encode_slides": 1}
     planned = workflow.planned(checkout, fresh, "coca", "--config", f"{both} coca.variants.low.encoder.depth=1")

@@ -32,7 +32,7 @@ from rae_fixtures import (
     train_all,
     training,
 )
-from rerun_cases import RAE, RAE_AFTER_TRAINING, named
+from rerun_cases import RAE, RAE_AFTER_TRAINING, RAE_TRAINING, named
 from safetensors.torch import load_file
 
 from scripts.common import devices
@@ -284,7 +284,7 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
 
     # a variant beside main, trained by another LPIPS, scored by main's
     low = ("--config", "set=rae.variants.low.autoencoder.lr=1e-3 rae.variants.low.perceptual.backbone=[8,8]")
-    assert planned(*low) == named("rae", {"train_autoencoder": 1, **RAE_AFTER_TRAINING})
+    assert planned(*low) == named("rae", {**RAE_TRAINING, **RAE_AFTER_TRAINING})
     results = tmp_path / "results/rae"
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     workflow.run(ROOT, tmp_path, *wanted, *low)

@@ -51,9 +51,11 @@ def test_a_run_of_the_papers_size_is_planned_with_the_published_values(paper):
         "build_dataset", "estimate_memory", "train_sft", "merge_sft", "check_reward", "train_grpo", "predict",
         "evaluate", "describe_model", "list_images", "list_labelled", "split", "split_labelled", "train_classifier",
         "link_classes", "score_images", "choose_threshold", "accept_images", "select_views", "audit_split",
+        "draw_classifier",
     )  # fmt: skip
     expected = {f"vase_{name}": 1 for name in once}
     expected |= {f"vase_{name}": shards for name in ("inspect_images", "classify_images", "embed_images")}
+    expected["vase_draw_curves"] = 2  # of SFT and of GRPO
     models = {"retrieve_model": 3}  # ResNet50, CLIP, Qwen2.5-VL-7B
     assert jobs == expected | models
     # all weights are trained by GRPO as published, so nothing is merged after it
@@ -69,7 +71,7 @@ def test_what_is_merged_and_exported_follows_from_the_configuration(paper):
 
 FROM_CLASSIFIER = (
     "train_classifier", "classify_images", "link_classes", "choose_threshold", "accept_images", "select_views",
-    "audit_split", "build_dataset",
+    "audit_split", "build_dataset", "draw_classifier",
 )  # fmt: skip
 FROM_SFT = ("train_sft", "merge_sft")
 FROM_GRPO = ("estimate_memory", "check_reward", "train_grpo", "predict", "evaluate", "describe_model")
@@ -81,7 +83,8 @@ def test_a_variant_is_made_anew_from_its_first_change_on(paper):
     once = workflow.planned(*paper, "vase")
     jobs = workflow.planned(*paper, "vase", "--config", "set=" + " ".join(f"vase.variants.{one}" for one in changes))
     runs = dict.fromkeys(FROM_CLASSIFIER, 2) | dict.fromkeys(FROM_SFT, 3) | dict.fromkeys(FROM_GRPO, 4)
-    assert jobs == {rule: n * runs.get(rule.removeprefix("vase_"), 1) for rule, n in once.items()}
+    expected = {rule: n * runs.get(rule.removeprefix("vase_"), 1) for rule, n in once.items()}
+    assert jobs == expected | {"vase_draw_curves": runs["train_sft"] + runs["train_grpo"]}
     assert {f"vase_{name}" for name in runs} <= set(jobs)
 
 

@@ -156,7 +156,7 @@ def test_a_variant_of_the_classifier_stands_beside_main(finished_run, tmp_path):
     results = run / "results/vase"
     variant = ("--config", "set=vase.variants.slow.classifier.lr=9e-4")  # near main's, which finds some good images
     shards = len(list((results / "inspect_images").glob("*.parquet")))
-    chain = dict.fromkeys({"vase_train_classifier", "vase_link_classes", *VASE_FILTER}, 1)
+    chain = dict.fromkeys({"vase_train_classifier", "vase_draw_classifier", "vase_link_classes", *VASE_FILTER}, 1)
     plan = workflow.planned(checkout, run, "vase_images", *variant)
     assert plan == {**chain, "vase_classify_images": shards}
     assert set(workflow.planned(checkout, run, "vase_quality", *variant)) == {
