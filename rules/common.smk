@@ -67,7 +67,8 @@ def origins():
     return [*files, ("--config", asked.config)]
 
 
-CONFIG = or_stop(kiln_config.load, config, Path("config/config.yaml"), origins)
+GIVEN = (config, Path("config/config.yaml"), origins)
+CONFIG = or_stop(kiln_config.load, *GIVEN)
 RESULTS = CONFIG.results
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
@@ -428,8 +429,13 @@ def of_folder(folder, function, *arguments):
     try:
         return function(*arguments)
     except KilnError as error:
-        told = "" if Path("config/config.yaml").is_file() else "; there is no config/config.yaml here"
-        raise layouts.explained(error, folder, kiln_config.keys_of(CONFIG, folder), told, CONFIG.pipelines) from None
+        keys = kiln_config.keys_of(CONFIG, folder)
+        by = [one for one in (kiln_config.giver(key, *GIVEN) for key in keys) if one]
+        if by:
+            told = f", given by {' and '.join(dict.fromkeys(by))}"
+        else:
+            told = ", the default" + ("" if GIVEN[1].is_file() else "; there is no config/config.yaml here")
+        raise layouts.explained(error, folder, keys, told, CONFIG.pipelines) from None
 
 
 def folder_facts(folder, extensions=EXTENSIONS, may_be_empty=False):

@@ -137,10 +137,23 @@ def load(given: Mapping[str, Any], user_file: Path, origins: Origins = tuple) ->
     values = settings.merge(settings.merge(own, plain), overrides)
 
     def source(location: settings.Location) -> str:
-        told = [(str(user_file), own), *_parts(plain, origins()), (f"--config {SET}=...", overrides)]
-        return _given_by(location, told)
+        return _given_by(location, _sources(given, user_file, origins))
 
     return settings.validate(Config, values, source)
+
+
+def giver(dotted: str, given: Mapping[str, Any], user_file: Path, origins: Origins = tuple) -> str | None:
+    """Who gave the value at a dotted place, of the arguments of `load`; None if it is the default."""
+    location = tuple(dotted.split("."))
+    told = [(name, one) for name, one in _sources(given, user_file, origins) if _at(one, location)]
+    return told[-1][0] if told else None
+
+
+def _sources(given: Mapping[str, Any], user_file: Path, origins: Origins) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, values) of all that makes up a configuration, later ones on top."""
+    own = settings.read_yaml(user_file) if user_file.is_file() else {}
+    plain, overrides = _parted(given)
+    return [(str(user_file), own), *_parts(plain, origins()), (f"--config {SET}=...", overrides)]
 
 
 def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

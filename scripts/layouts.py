@@ -41,7 +41,9 @@ def explained(
     if not keys:
         return error
     named = " and ".join(keys)
-    hint = error.hint if Path(path).exists() else f"set {named} to where your data are, in config/config.yaml"
+    hint = error.hint if Path(path).exists() else f"set {named} to where your data are"
+    if path.startswith("~"):
+        hint += ", as a whole path: ~ stands for no folder here"
     wanted = [f"{key} is {LAYOUTS[key]} ({PAGE}, section {key.partition('.')[0]})" for key in keys if key in LAYOUTS]
     without = [name for name in pipelines if not any(key.startswith(f"{name}.") for key in keys)]
     if without and len(without) < len(pipelines) and not Path(path).exists():

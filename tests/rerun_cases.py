@@ -29,6 +29,7 @@ VASE_FILTER = {
     "vase_audit_split",
     "vase_evaluate_filter",
 }
+FOLLOWS = ", then the second half, if it is made"  # what a change of the first half reruns besides
 VASE = [
     ("vase.classifier.workers=1 vase.classifier.save_minutes=3", set()),
     ("device=auto", set()),
@@ -203,7 +204,8 @@ def table() -> str:
     rows = [("You change", "What reruns")]
     for pipeline, cases in (("vase", VASE), ("busi", BUSI_EXECUTION + BUSI), ("coca", COCA), ("rae", RAE),
                             ("biomedica", BIOMEDICA)):  # fmt: skip
-        rows += [(f"`{override}`", _rules(jobs, pipeline)) for override, jobs in cases]
+        more = FOLLOWS if pipeline == "vase" else ""
+        rows += [(f"`{override}`", _rules(jobs, pipeline) + (more if jobs else "")) for override, jobs in cases]
     rows += [(what, _rules(jobs)) for what, _, jobs in CODE]
     rows += [(f"a package's version in `envs/{family}.yaml`", _of_short_run(jobs)) for family, jobs in PINS]
     rows += [(what, then) for what, then, _ in FAULTS]

@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
         "summary": {
             "balanced_accuracy": statistics.metric(
                 score["value"], score["n"], score["ci95"], 1 / len(classes), "chance",
-                groups=reports[headline]["n_groups"], grouped_by="near-twin group",
+                groups=reports[headline]["n_groups"], grouped_by="near-twin group", about=f"model {headline}",
                 trivial=by_trivial,
                 majority=reports[MAJORITY]["balanced_accuracy"]["value"],
                 zero_shot=reports[BASE]["balanced_accuracy"]["value"],

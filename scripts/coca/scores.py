@@ -217,7 +217,9 @@ def summary(
     else:
         parts = {name: retrieved[name]["recall"][HEADLINE_K]["value"] for name in ("image_to_text", "text_to_image")}
         made["retrieval_r5"] = (
-            one | {"groups": patients, "grouped_by": "patient"} | {"trivial": trivial.get("retrieval"), **parts}
+            one
+            | {"groups": patients, "grouped_by": "patient", "about": "mean of both ways"}
+            | {"trivial": trivial.get("retrieval"), **parts}
         )
     if diagnosed is None:
         left_out["caption_diagnosis_accuracy"] = "no classes are set (coca.evaluate.classes)"

@@ -228,7 +228,7 @@ def guard(
     """Tell of finished trainings that would run again; a real run does not begin if one is dear and not allowed.
 
     Args:
-        trainings: names of rules.
+        trainings: names of rules; within a pipeline, each after those that it follows.
         above: GPU hours from which a training is dear.
         allowed: rules that may train again, parted by commas, or `all`.
         say: told the table in a dry run.
@@ -244,10 +244,12 @@ def guard(
     dear = [one for one in dear if ALL not in names and not any(is_named(one.rule, name) for name in names)]
     if not redone or plan.workflow.touch:
         return
-    rules = ",".join(dict.fromkeys(next(n for n in trainings if is_named(one.rule, n)) for one in dear or redone))
-    keep = f"keep a result as it is: make accept RULE={rules.split(',')[0]}"
+    named = [name for name in trainings if any(is_named(one.rule, name) for one in dear or redone)]
+    first, rules = named[0], ",".join(named)
+    keep = f"keep a result as it is: make accept RULE={first}"
     if any(word.startswith("--config") for word in sys.argv):
         keep += ' ARGS="...", with this command\'s --configfile and --config'
+    keep += "".join(f"; then RULE={name}" for name in named[1:])
     redo = f"train again: the same command with allow_retrain={rules} in its --config, of which only the last counts"
     stops = f"a run stops before it redoes more than {above:g} GPU hours (confirm_gpu_hours); {redo}" if dear else ""
     if plan.workflow.dryrun:

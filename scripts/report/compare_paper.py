@@ -96,11 +96,11 @@ class Runs:
 
 
 def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[str, Cost]) -> dict[str, Any]:
-    """A target's row of the table, by `COLUMNS`, None where there is nothing; and `found`, its differences."""
+    """A target's row of the table, by `COLUMNS`, None where there is nothing; and what the pages say besides."""
     best = runs.best(target, models)
     made = (
         dict.fromkeys(COLUMNS)
-        | {"found": ()}
+        | {"found": (), "published_n": target.published_n, "beside": ""}
         | {name: getattr(target, name) for name in COLUMNS if hasattr(target, name)}
     )
     made |= {"paper": target.value, "paper_n": target.n, "command": COMMAND.format(target.pipeline)}
@@ -113,6 +113,10 @@ def row(target: Target, runs: Runs, models: Mapping[str, Model], costs: Mapping[
         column = NUMBERS[0] if comparison.same else NUMBERS[1]
         facts = zip(FACTS, (ours.entry["value"], ours.entry["n"], low, high), strict=True)
         made |= {f"{column}{fact}": value for fact, value in facts} | {"run": name, "file": file}
+        if ours.entry.get("baseline") is not None:
+            made["beside"] = (
+                f", {ours.entry['baseline_kind'].replace('_', ' ')} {digits(ours.entry['baseline'], target.unit)}"
+            )
         made["protocol"] = NONE if target.value is None else SAME if comparison.same else DIFFERS
         if made["protocol"] == DIFFERS:
             made["found"] = comparison.differences
@@ -132,7 +136,7 @@ def digits(value: float | None, unit: str = "") -> str:
 def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
     """What stands in a row of the pages, by `SHOWN`; differences go to `notes`, each once."""
     arrow = {"higher": "↑", "lower": "↓"}[one["better"]]
-    published = digits(one["paper"], one["unit"]) + (f", n = {one['paper_n']}" if one["paper_n"] else "")
+    published = digits(one["paper"], one["unit"]) + (f", n = {one['published_n']}" if one["published_n"] else "")
     texts = (f"{one['metric']} {arrow}", f"{one['model']}; {one['split']}", published)
     shown = {title: [Piece(text)] for title, text in zip(SHOWN, texts, strict=False)}
     run = [Piece(one["run"], quote(one["file"]))] if one["run"] else []
@@ -141,7 +145,7 @@ def cells(one: Mapping[str, Any], notes: list[str]) -> dict[str, list[Piece]]:
         low, high = one[f"{name}_ci_low"], one[f"{name}_ci_high"]
         if text and low is not None:  # resampling items that are all alike tells nothing of the next one
             text += " (no spread)" if low == high else f" [{digits(low)}, {digits(high)}]"
-        shown[title] = [Piece(f"{text}, n = {one[f'{name}_n']} ("), *run, Piece(")")] if text else []
+        shown[title] = [Piece(f"{text}, n = {one[f'{name}_n']}{one['beside']} ("), *run, Piece(")")] if text else []
     shown["protocol"], shown["source"] = [Piece(one["protocol"])], linked(one["source"])
     aspect = None
     for found in one["found"]:

@@ -75,7 +75,7 @@ def compare(target: Target, found: Found, models: Mapping[str, Model]) -> Compar
     gaps = [one.strip() for one in target.unknown.split(";") if one.strip()]
     differences = [Difference("publication", f"not known: {one}") for one in gaps]
     if found.entry["n"] != target.n:
-        differences.append(Difference("samples", f"n = {found.entry['n']} (published {target.n})"))
+        differences.append(Difference("samples", f"n = {found.entry['n']} (published {target.published_n})"))
     if found.made is None:
         differences.append(Difference("weights", "no record fits metrics.json as it is"))
     else:

@@ -70,6 +70,11 @@ class Target(Settings):
     unknown: str
     source: str = Field(min_length=1)
 
+    @property
+    def published_n(self) -> str:
+        """Its n in words: one that the source does not say was inferred from its numbers."""
+        return f"{self.n} (inferred)" if "how many they are" in self.unknown else str(self.n or "")
+
     @field_validator("n", "value", mode="before")
     @classmethod
     def _empty(cls, value):
