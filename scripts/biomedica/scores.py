@@ -207,7 +207,7 @@ def summary(
             "local_only",
             trivial=None if trivial is None else trivial - local,
             difference_of=f"recall at {HEADLINE_K}",
-            about=f"{hybrid:.3f} hybrid, {local:.3f} local, mean of {compared['seeds']} seeds; trivial: against local, too",
+            about=f"{hybrid:.3f} hybrid, {local:.3f} local, mean of {compared['seeds']} seeds; trivial: against local",
             hybrid=hybrid,
             local=local,
             **resampled,
