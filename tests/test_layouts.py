@@ -101,7 +101,7 @@ def test_the_plan_names_the_key_of_what_is_missing_and_what_it_should_hold(tmp_p
     settings = f"set={values.format(key=key)} device=cpu check_disk=false"
     done = workflow.run(ROOT, tmp_path / "run", "--dry-run", target, "--config", settings, check=False)
     said = done.stdout + done.stderr
-    assert done.returncode and message in said and f"(the value of {key}, the default; there is no config" in said, said
+    assert done.returncode and message in said and f"(the value of {key}, given by --config set=...)" in said, said
     hint = said.partition("Hint: ")[2].splitlines()[0]
     assert f"{key} is " in hint and layout in hint
     assert f"(docs/your-data.md, section {key.partition('.')[0]})" in hint

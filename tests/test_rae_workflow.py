@@ -266,7 +266,10 @@ def test_the_rules_make_all_of_it_and_rerun_what_a_setting_reaches(data, tmp_pat
 
     steps = ("build_arrow", "compute_latent_stats", "compute_reference_stats", "evaluate", "reconstruct")
     after = {"rae_export": 1, "rae_describe_model": 1}
-    assert planned() == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder"), 1) | after
+    assert (
+        planned()
+        == dict.fromkeys((*(f"rae_{name}" for name in steps), "rae_train_autoencoder", "rae_draw_curves"), 1) | after
+    )
     workflow.run(ROOT, tmp_path, *wanted)
     metrics = json.loads((tmp_path / "results/rae/evaluate/main/siglip2/metrics.json").read_text())
     assert metrics["summary"]["siglip2_rfid"]["n"] == 20
