@@ -291,10 +291,11 @@ def full_vase(root: Path, *, n: int = 96, names: dict | None = None, sft: dict |
 def all_known(tmp_path_factory) -> Path:
     """The published numbers, as if the sources said all that a comparison needs."""
     path = tmp_path_factory.mktemp("known") / "targets.csv"
-    rows = list(csv.reader(TABLES["paper_targets"].read_text().splitlines()))
-    place = rows[0].index("unknown")
+    rows = list(csv.DictReader(TABLES["paper_targets"].read_text().splitlines()))
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([rows[0], *([*row[:place], "", *row[place + 1 :]] for row in rows[1:])])
+        known = csv.DictWriter(file, list(rows[0]))
+        known.writeheader()
+        known.writerows(row | {"unknown": "", "n_is": row["n_is"] and "stated"} for row in rows)
     return path
 
 
@@ -404,7 +405,7 @@ def test_pages_and_table_say_the_same(tmp_path):
 
 def test_the_page_needs_no_other_file_and_escapes_text(tmp_path):
     tables = {"paper_targets": tmp_path / "targets.csv"}
-    text = TABLES["paper_targets"].read_text().replace("BUSI,,,share", "<b>BUSI</b> | x,,,share", 1)
+    text = TABLES["paper_targets"].read_text().replace("BUSI,", "<b>BUSI</b> | x,", 1)
     tables["paper_targets"].write_text(text)
     compared(tmp_path, **tables)
     html = (tmp_path / "paper.html").read_text()
@@ -473,6 +474,8 @@ def with_row(path: Path, table: Path, number: int, changes: dict[str, str]) -> P
         ("paper_targets", {"value": ""}, "empty where protocol is none"),
         ("paper_targets", {"n": ""}, "empty where protocol is none"),
         ("paper_targets", {"n": "many"}, "n = 'many'"),
+        ("paper_targets", {"n_is": ""}, "n_is says of n whether the source states it"),
+        ("paper_targets", {"n_is": "guessed"}, "n_is = 'guessed'"),
         ("paper_targets", {"protocol": "fid"}, "protocol = 'fid'"),
         ("paper_targets", {"protocol": "vase_captions"}, "not of pipeline rae"),
         ("paper_targets", {"better": "more"}, "better = 'more'"),
@@ -496,7 +499,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, table, changes, mes
     ("table", "old", "new", "message"),
     [
         ("paper_targets", "pipeline,metric,", "pipeline,measure,", "row 1: pipeline,measure,"),
-        ("paper_targets", "\nbusi,", "\nbusi,,", "13 values for 12 columns"),
+        ("paper_targets", "\nbusi,", "\nbusi,,", "14 values for 13 columns"),
         ("paper_costs", "\nrae,gpu_hours", "\nrae,gpus", "row 3: gpus of rae is there twice"),
         ("paper_costs", re.search("\ncoca,disk_gb.*", TABLES["paper_costs"].read_text())[0], "", "no disk_gb of coca"),
     ],

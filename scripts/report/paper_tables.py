@@ -62,6 +62,7 @@ class Target(Settings):
     model: str = Field(min_length=1)
     split: str = Field(min_length=1)
     n: int | None = Field(gt=0)
+    n_is: Literal["", "stated", "inferred"]
     value: float | None
     unit: Literal["", "share", "dB"]
     better: Literal["higher", "lower"]
@@ -73,7 +74,7 @@ class Target(Settings):
     @property
     def published_n(self) -> str:
         """Its n in words: one that the source does not say was inferred from its numbers."""
-        return f"{self.n} (inferred)" if "how many they are" in self.unknown else str(self.n or "")
+        return f"{self.n} (inferred)" if self.n_is == "inferred" else str(self.n or "")
 
     @field_validator("n", "value", mode="before")
     @classmethod
@@ -87,6 +88,8 @@ class Target(Settings):
             raise ValueError(f"metric = {self.metric!r} is none of {self.pipeline}'s: {', '.join(known)}")
         if (self.value is None) != (self.protocol == "none") or (self.n is None) != (self.protocol == "none"):
             raise ValueError("value and n are numbers where a number is published, and empty where protocol is none")
+        if (self.n is None) != (self.n_is == ""):
+            raise ValueError("n_is says of n whether the source states it or it was inferred from the source's numbers")
         if self.protocol != "none" and not self.protocol.startswith(f"{self.pipeline}_"):
             raise ValueError(f"protocol = {self.protocol!r} is not of pipeline {self.pipeline}")
         try:
