@@ -103,9 +103,13 @@ for node in $(seq $NODES); do
     echo "NodeName=node$node Name=gpu Type=h200 File=$R/dev/node$node/nvidia[0-$((GPUS - 1))]" >>/etc/slurm/gres.conf
 done
 
+# A temporary table's file is named by the process's number, which two clusters, each counting its own, share.
 SOCKET=$R/mysqld.sock
-mariadb-install-db --no-defaults --user=root --datadir="$R/state/mysql" --skip-test-db >"$R/log/mariadb-install.log" 2>&1
-mariadbd --no-defaults --user=root --datadir="$R/state/mysql" --socket="$SOCKET" --pid-file="$R/mariadbd.pid" \
+mkdir "$R/state/mysql-tmp"
+mariadb-install-db --no-defaults --user=root --datadir="$R/state/mysql" --tmpdir="$R/state/mysql-tmp" --skip-test-db \
+    >"$R/log/mariadb-install.log" 2>&1
+mariadbd --no-defaults --user=root --datadir="$R/state/mysql" --tmpdir="$R/state/mysql-tmp" --socket="$SOCKET" \
+    --pid-file="$R/mariadbd.pid" \
     --bind-address=127.0.0.1 --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 \
     --innodb-flush-log-at-trx-commit=0 >"$R/log/mariadbd.log" 2>&1 </dev/null &
 wait_for 60 mysqladmin --no-defaults --socket="$SOCKET" ping
