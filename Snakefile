@@ -6,9 +6,18 @@ Kiln: five vision and vision-language projects, from raw data to a scored model.
     snakemake -n ...                                        why each job would run
 """
 
+from snakemake.exceptions import WorkflowError
+from snakemake.sourcecache import LocalSourceFile
 from snakemake.utils import min_version
 
 min_version("9.27")
+
+if not isinstance(workflow.current_basedir, LocalSourceFile):
+    raise WorkflowError(
+        f"{workflow.current_basedir.get_path_or_uri(secret_free=True)}: Kiln's steps are Python modules beside its rules,"
+        " and a module by its URL brings the rules alone\n"
+        "Hint: clone Kiln, or add it as a git submodule, and give the path of its workflow/Snakefile (docs/modules.md)"
+    )
 
 
 include: "rules/common.smk"

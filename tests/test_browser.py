@@ -184,14 +184,25 @@ def test_the_pages_of_a_real_run_show_all(browser, made, name, size):
 
 
 @pytest.mark.slow(minutes=2)
-def test_snakemakes_own_report_lists_each_picture_of_the_front_page(browser, made):
+def test_snakemakes_own_report_shows_each_picture_of_the_front_page(browser, made):
     """Those with equal labels would stand in one row, where only the last can be opened."""
     page, _ = opened(browser, made / "index.html", SIZES["laptop"])
     pictures = page.evaluate("document.images.length")
     page, wrong = opened(browser, made / "report.html", SIZES["laptop"])
     page.get_by_text("Results", exact=True).first.click()
-    page.locator("table tbody tr").first.wait_for()
-    assert page.locator("table tbody tr").count() == pictures >= 6
+    rows = page.locator("table tbody tr")
+    rows.first.wait_for()
+    assert rows.count() == pictures >= 6
+    shown = set()
+    for row in rows.all():
+        row.locator("a[iconname=eye]").click()
+        image = page.locator("img[src^='data:image/png']")
+        image.wait_for()
+        page.wait_for_function(
+            "seen => !seen.includes(document.querySelector(`img[src^='data:image/png']`).src)", arg=[*shown]
+        )
+        assert image.evaluate("async one => { await one.decode(); return one.naturalWidth }") > 100
+        shown.add(image.get_attribute("src"))
     assert wrong == []
 
 

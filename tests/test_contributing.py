@@ -72,10 +72,22 @@ def test_the_citation_has_this_version_and_what_the_format_asks_for():
     assert str(cited["version"]) == project["version"] and cited["license"] == project["license"]
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
     pipelines = [one["notes"].removeprefix("pipeline ") for one in cited["references"]]
-    assert sorted(pipelines) == sorted(path.stem for path in (ROOT / "docs").glob("*.md") if _is_pipeline(path))
+    assert set(pipelines) == {path.stem for path in (ROOT / "docs").glob("*.md") if _is_pipeline(path)}
     for one in cited["references"]:
         assert {"type", "title", "authors"} <= set(one)
         assert re.fullmatch(r"https://github\.com/[\w-]+/[\w.-]+", one["repository-code"])
+
+
+def test_every_original_of_the_migration_pages_is_cited_at_the_commit_that_was_read():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    known = {(one["notes"].removeprefix("pipeline "), one["repository-code"], one["commit"]) for one in cited}
+    original = re.compile(r"\]\((https://github\.com/[^)]+)\)\s+at\s+([0-9a-f]{7})")
+    found = {
+        (path.stem, *one)
+        for path in (ROOT / "docs/migration").glob("*.md")
+        for one in original.findall(path.read_text())
+    }
+    assert len(found) >= 5 and found <= known
 
 
 def _is_pipeline(path: Path) -> bool:

@@ -145,7 +145,17 @@ def test_every_block_says_what_it_is():
 def test_the_documents_hold_commands_of_every_kind():
     """That the other tests are about something."""
     found = {call.program for call in all_calls()}
-    assert {"snakemake", "python", "make"} <= found and any(block.info == "bash run" for block in BLOCKS)
+    assert {"snakemake", "python", "make"} <= found
+    assert {block.info for block in BLOCKS} >= set(COMMANDS)
+    assert any(block.info == "bash run" for block in blocks(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("call", of("snakemake"))
+def test_snakemake_is_told_how_many_cores_or_only_plans(call):
+    """It would stop else; that the other test adds -n does not show it."""
+    words = {word.partition("=")[0] for word in call.arguments}
+    told = {"--cores", "-c", "--profile", "-n", "--dry-run", "--unlock", "--lint"}
+    assert words & told, f"{call.place}: {' '.join(call.arguments)}"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from scripts import envs
-from scripts.common import code_key
+from scripts.common import artefacts, code_key
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {"wandb"}  # imported only by who asks for it, with a hint where it is missing
@@ -90,6 +90,20 @@ FAMILIES = sorted(path.stem for path in ROOT.glob("envs/*.yaml"))
 
 def test_no_environment_is_missing_or_left_over():
     assert sorted(envs.FAMILIES) == FAMILIES
+
+
+DECIDE_NO_NUMBER = {  # of what the environments ask for: files, pages, curves, downloads, the machine
+    "docutils", "filelock", "fonttools", "hf-xet", "huggingface-hub", "jinja2", "joblib", "matplotlib", "mplfonts",
+    "msgspec", "nvidia-ml-py", "psutil", "pydantic", "pygments", "pyyaml", "requests", "rocrate", "snakemake",
+    "tensorboard", "threadpoolctl", "tqdm",
+}  # fmt: skip
+
+
+def test_records_name_every_package_that_can_decide_a_number():
+    """Else an upgrade of, say, ms-swift would not be seen in what two results differ by."""
+    asked = {name for names in envs.FAMILIES.values() for name in names} - DECIDE_NO_NUMBER
+    assert asked <= set(artefacts.PACKAGES)
+    assert {"trl", "deepspeed"} <= set(artefacts.PACKAGES)  # they train, below ms-swift and transformers
 
 
 def own(family: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,18 @@ def test_a_prefix_is_refused_with_what_to_do(tmp_path, line):
     text = documented(ROOT).replace("    config:\n", f"    {line}\n    config:\n")
     refused = said(snakemake(outer(tmp_path / "study", text), "--dry-run"), 1)
     assert "Kiln as a module has no `prefix`" in refused and "Hint: leave `prefix` out" in refused
+
+
+@pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
+def test_a_module_by_its_url_is_refused_with_what_to_do(tmp_path, snakefile):
+    """It would bring the rules without the steps that they call."""
+    served = tmp_path / "served"
+    for name in ("Snakefile", "workflow/Snakefile"):
+        (served / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, served / name)
+    named = ("-c", "user.name=t", "-c", "user.email=t@host")
+    for command in (("init", "-q", "-b", "main"), ("add", "."), (*named, "commit", "-qm", "rules")):
+        subprocess.run(["git", "-C", str(served), *command], check=True)
+    text = documented(ROOT).replace(f'"{ROOT}/workflow/Snakefile"', f'"git+file://{served}/{snakefile}@main"')
+    refused = said(snakemake(outer(tmp_path / "study", text), "--dry-run"), 1)
+    assert "a module by its URL brings the rules alone" in refused and "Hint: clone Kiln" in refused

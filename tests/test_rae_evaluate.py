@@ -18,6 +18,7 @@ from PIL import Image
 
 from scripts.common.errors import KilnError
 from scripts.rae import evaluate, fid, quality
+from scripts.rae.perceptual import Lpips
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"perceptual": {"weights": None, "backbone": [4, 8]}, "evaluate": {"workers": 0, "images_per_part": 3}}
@@ -100,6 +101,31 @@ def test_the_floor_is_that_of_plain_formulas(models, images, undisturbed):
     assert summary["siglip2_psnr"]["trivial"] == pytest.approx(psnr(pixels.mean(axis=(1, 2), keepdims=True)), abs=0.01)
     assert summary["siglip2_psnr"]["value"] == pytest.approx(table["psnr"].mean(), rel=1e-12)
     assert summary["siglip2_rfid"]["trivial"] > summary["siglip2_rfid"]["baseline"] > 0
+    originals = torch.from_numpy(pixels.astype(np.uint8)).permute(0, 3, 1, 2)
+    constant = originals.double().mean(dim=0).round().to(torch.uint8).expand_as(originals)
+    assert summary["siglip2_ssim"]["baseline_kind"] == "constant"
+    assert summary["siglip2_ssim"]["baseline"] == pytest.approx(
+        float(quality.ssim(originals, constant).mean()), abs=1e-3
+    )
+    colours = originals.double().mean(dim=(2, 3), keepdim=True).round().to(torch.uint8).expand_as(originals)
+    assert summary["siglip2_ssim"]["trivial"] == pytest.approx(float(quality.ssim(originals, colours).mean()), abs=1e-3)
+
+
+def test_the_floor_of_lpips_is_that_of_copies_made_smaller_and_large_again(models, images, undisturbed):
+    table = pd.read_parquet(undisturbed / "images.parquet")
+    found = json.loads((undisturbed / "metrics.json").read_text())["summary"]["siglip2_lpips"]
+    from scripts.rae.crops import center_crop_arr
+
+    expected, lpips = [], Lpips(None, SMALL["perceptual"]["backbone"])
+    for path in table["path"]:
+        cut = Image.fromarray(np.asarray(center_crop_arr(Image.open(images / path), rae_fixtures.SIDE)))
+        small = cut.resize((rae_fixtures.SIDE // 8,) * 2, Image.Resampling.BOX)
+        pair = [torch.from_numpy(np.array(one)).permute(2, 0, 1)[None].float() / 127.5 - 1
+                for one in (small.resize(cut.size, Image.Resampling.BICUBIC), cut)]  # fmt: skip
+        with torch.inference_mode():
+            expected.append(float(lpips(*pair)))
+    assert (found["baseline_kind"], found["baseline"]) == ("shrunk_input", pytest.approx(np.mean(expected), rel=0.05))
+    assert found["baseline"] == pytest.approx(table["shrunk_lpips"].mean(), rel=1e-12)
 
 
 def test_any_folder_of_the_same_pictures_gives_the_same_scores(models, images, undisturbed, tmp_path):
@@ -235,7 +261,7 @@ def test_what_cannot_be_scored_is_refused(models, images, tmp_path, capsys):
 
 
 def test_a_mean_colour_is_the_picture_s_own():
-    from scripts.rae.compute_reference_stats import mean_colour
+    from scripts.rae.poor_copies import mean_colour
 
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8))
     made = mean_colour(pictures)

@@ -91,7 +91,8 @@ def test_from_folders_to_scores(data, trained, tmp_path, name):
     made = scored(data, name, trained[name], tmp_path)
     summary = {metric.removeprefix(f"{name}_"): one for metric, one in made["summary"].items()}
     assert set(summary) == {"psnr", "ssim", "lpips", "rfid"} and all(one["n"] == 20 for one in summary.values())
-    assert (summary["psnr"]["baseline_kind"], summary["rfid"]["baseline_kind"]) == ("constant", "shrunk_input")
+    kinds = {metric: one["baseline_kind"] for metric, one in summary.items()}
+    assert kinds == {"psnr": "constant", "ssim": "constant", "lpips": "shrunk_input", "rfid": "shrunk_input"}
     assert summary["rfid"]["label"] == summary["lpips"]["label"] == "random features, not comparable"
     assert (summary["rfid"]["extractor"], len(summary["rfid"]["weights"])) == ("kiln-random", 64)
     low, high = summary["rfid"]["ci95"]

@@ -285,13 +285,13 @@ def test_a_pictures_title_begins_with_what_it_shows(labels, title):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_funnel_of_several_stages_is_drawn_once_beside_its_table(tmp_path, stages):
+def test_a_funnel_is_drawn_once_beside_its_table(tmp_path, stages):
     funnel = fixtures.picture(tmp_path / "results/coca.png")
     marked = {"pattern": str(funnel), "caption": f"{tmp_path}/funnel.rst", "category": "coca", "labels": {"a": "items"}}
     (tmp_path / "funnel.rst").write_text("In and out.")
     text = fixtures.rendered(tmp_path, None, marked, stages=stages)
     items, pictures = text.partition('id="coca-items"')[2].split('id="coca-pictures"')
-    assert items.count("In and out.") == items.count("<img") == stages - 1 and pictures.count("<img") == 3
+    assert items.count("In and out.") == items.count("<img") == 1 and pictures.count("<img") == 3
     assert items.count("<tr>") == 1 + stages
 
 

@@ -27,7 +27,12 @@ from scripts.common.errors import KilnError
 from scripts.common.file_times import SKEW_SECONDS, refuse_future, seconds_ahead
 from scripts.common.heartbeat import seconds_so_far
 
-PACKAGES = ("torch", "torchvision", "transformers", "open-clip-torch", "numpy", "pandas", "pyarrow", "pillow")
+PACKAGES = (  # those that compute, of all environments
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "h5py", "lpips", "ms-swift", "numpy", "open-clip-torch",
+    "pandas", "peft", "pillow", "pyarrow", "qwen-vl-utils", "rapidfuzz", "rouge-score", "sacrebleu", "safetensors",
+    "scikit-learn", "scipy", "timm", "tokenizers", "torch", "torch-fidelity", "torchvision", "transformers", "trl",
+    "webdataset",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 Rule `rae_compute_reference_stats`. An artefact of its own, which carries the hash of the list of pictures, the
 preprocessing and the extractor. The poor copies are the floor of the scores: pictures made 8 times smaller and large
-again, and each picture's mean colour; the floor of PSNR is one constant picture, the mean of all. Killed at any moment,
-the same command carries on from whole parts. Under torchrun each process takes every n-th part.
+again, and each picture's mean colour; the floor of PSNR and SSIM is one constant picture, the mean of all. Killed at
+any moment, the same command carries on from whole parts. Under torchrun each process takes every n-th part.
 """
 
 import argparse
@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch.nn.functional import interpolate
 
 from scripts.common import artefacts, devices, parts, step
 from scripts.common.fingerprint import fingerprint
 from scripts.common.settings import Settings, of_kind
 from scripts.rae import evaluation, fid, latent_stats, pictures, quality
 from scripts.rae.extractors import Extractor, load_extractor
+from scripts.rae.poor_copies import SHRINK, mean_colour, shrunk
 from scripts.rae.settings import EvaluateSettings
-
-SHRINK = 8
 
 
 class ReferenceStatsSettings(Settings):
@@ -29,18 +27,6 @@ class ReferenceStatsSettings(Settings):
 
     image_size: int = 256
     evaluate: EvaluateSettings = EvaluateSettings()
-
-
-def shrunk(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B,3,S,S], made 8 times smaller by the mean of squares and large again, bicubic: uint8."""
-    side = images.shape[-1]
-    small = interpolate(images.float() / 255, size=max(1, side // SHRINK), mode="area")
-    return quality.to_uint8(interpolate(small, size=side, mode="bicubic", align_corners=False))
-
-
-def mean_colour(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B,3,S,S], all pixels of each picture set to the picture's mean colour: uint8."""
-    return quality.to_uint8(images.double().mean(dim=(2, 3), keepdim=True) / 255).expand_as(images)
 
 
 COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -111,7 +97,7 @@ def compute(
             for kind, output in zip(COPIES, outputs, strict=False):
                 fid.save_groups(output, fid.merge_parts([_beside(file, kind) for file in files], groups))
             mean = latent_stats.merge(latent_stats.Moments.load(_beside(file, "pixels")) for file in files).mean
-            artefacts.write_json(outputs[-1], floor(split, own, mean))
+            artefacts.write_json(outputs[-1], floor(split, own, mean, accelerator.device))
             step.log.info("%d pictures in %d groups, extractor %s", len(split.pictures), groups, own.extractor)
     return outputs
 
@@ -121,13 +107,15 @@ def _beside(file: Path, kind: str) -> Path:
     return file if kind == "reference" else file.with_name(f"{kind}-{file.name}")
 
 
-def floor(split: evaluation.Split, own: EvaluateSettings, mean: torch.Tensor) -> dict:
-    """PSNR, mean over pictures, of the constant picture `mean` [3,S,S] (0-255) and of each picture's mean colour."""
-    constant = quality.to_uint8((mean / 255).float()[None])
-    found: dict[str, list] = {"constant_psnr": [], "colour_psnr": []}
+def floor(split: evaluation.Split, own: EvaluateSettings, mean: torch.Tensor, device: torch.device) -> dict:
+    """Mean PSNR and SSIM of the constant picture `mean` [3,S,S] (0-255), and of each picture's own mean colour."""
+    constant = quality.to_uint8((mean / 255).float()[None]).to(device)
+    found: dict[str, list] = {f"{kind}_{name}": [] for kind in ("constant", "colour") for name in ("psnr", "ssim")}
     for images in pictures.batches(split.pictures, range(len(split.pictures)), own.batch_size, own.workers):
-        found["constant_psnr"].append(quality.psnr(images, constant.expand_as(images)))
-        found["colour_psnr"].append(quality.psnr(images, mean_colour(images)))
+        images = images.to(device)
+        for kind, copies in (("constant", constant.expand_as(images)), ("colour", mean_colour(images))):
+            found[f"{kind}_psnr"].append(quality.psnr(images, copies))
+            found[f"{kind}_ssim"].append(quality.ssim(images, copies))
     every = {name: float(torch.cat(one).mean()) for name, one in found.items()}
     return every | {"n": len(split.pictures), "shrink": SHRINK}
 

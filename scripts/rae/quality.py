@@ -6,6 +6,7 @@ from scripts.common.errors import KilnError
 
 PEAK = 255.0
 COLUMNS = ("psnr", "ssim", "lpips")
+SCORED = (*COLUMNS, "shrunk_lpips")  # of each picture; the last is of a poor copy, for comparison
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 LEAST_MSE = 1e-10

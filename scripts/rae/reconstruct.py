@@ -20,7 +20,8 @@ from scripts.common.settings import Settings, of_kind
 from scripts.rae import checkpoints, evaluation, fid, pictures, quality
 from scripts.rae.extractors import Extractor, load_extractor
 from scripts.rae.perceptual import Lpips
-from scripts.rae.quality import COLUMNS
+from scripts.rae.poor_copies import shrunk
+from scripts.rae.quality import SCORED
 from scripts.rae.settings import EvaluateSettings, PerceptualSettings
 
 
@@ -40,10 +41,14 @@ def reconstruct(images: torch.Tensor, autoencoder: torch.nn.Module, accelerator)
 
 @torch.inference_mode()
 def score(images: torch.Tensor, made: torch.Tensor, lpips: Callable) -> dict[str, torch.Tensor]:
-    """{column: [B] float64 on the CPU} of uint8 images [B,3,S,S] and their reconstructions."""
+    """{column: [B] float64 on the CPU} of uint8 images [B,3,S,S] and their reconstructions.
+
+    `shrunk_lpips` is the LPIPS of poor copies in their place: what a blur without a model reaches.
+    """
     images = images.to(made.device)
     scores = {"psnr": quality.psnr(images, made), "ssim": quality.ssim(images, made)}
-    scores["lpips"] = lpips(made.float() / 127.5 - 1, images.float() / 127.5 - 1).double()
+    for name, copies in (("lpips", made), ("shrunk_lpips", shrunk(images))):
+        scores[name] = lpips(copies.float() / 127.5 - 1, images.float() / 127.5 - 1).double()
     return {name: values.cpu() for name, values in scores.items()}
 
 
@@ -106,12 +111,12 @@ def compute(
 
     def build(rows: range, batches: Iterator[torch.Tensor], file: Path) -> None:
         statistics = fid.FeatureStatistics(extractor.dim, origin)
-        found: dict[str, list] = {name: [] for name in COLUMNS}
+        found: dict[str, list] = {name: [] for name in SCORED}
         for images in batches:
             made = reconstruct(images, autoencoder, accelerator)
             scores = score(images, made, lpips)
             statistics.add(extractor(made))
-            for name in COLUMNS:
+            for name in SCORED:
                 found[name].append(scores[name].numpy())
         table = pd.DataFrame({"row": list(rows), **{name: np.concatenate(one) for name, one in found.items()}})
         tables.write_table(file.with_suffix(".parquet"), table, ["row"])
@@ -122,14 +127,14 @@ def compute(
     ) as files:
         if accelerator.is_main_process:
             fid.save_groups(outputs[0], fid.merge_parts(files, groups))
-            found = [tables.read_table(file.with_suffix(".parquet"), ["row", *COLUMNS]) for file in files]
+            found = [tables.read_table(file.with_suffix(".parquet"), ["row", *SCORED]) for file in files]
             table = pd.concat(found).sort_values("row")
             named = table.assign(
                 path=[split.names[r] for r in table["row"]], label=[split.labels[r] for r in table["row"]]
             )
-            tables.write_table(outputs[1], named[["row", "path", "label", *COLUMNS]], ["row"])
+            tables.write_table(outputs[1], named[["row", "path", "label", *SCORED]], ["row"])
             draw(outputs[2], split, own, autoencoder, accelerator)
-            means = {name: round(float(table[name].mean()), 4) for name in COLUMNS}
+            means = {name: round(float(table[name].mean()), 4) for name in SCORED}
             step.log.info("%d reconstructions: %s", len(table), means)
     return outputs
 

@@ -9,7 +9,7 @@ from scripts.common import artefacts, statistics, tables
 from scripts.common.errors import KilnError
 from scripts.rae import fid
 from scripts.rae.extractors import RANDOM_LABEL
-from scripts.rae.quality import COLUMNS, HIGHER_IS_BETTER
+from scripts.rae.quality import COLUMNS, HIGHER_IS_BETTER, SCORED
 from scripts.rae.settings import CUT_FROM_TRAIN, PerceptualSettings
 
 REFERENCE_FILES = ("reference.safetensors", "shrunk.safetensors", "colour.safetensors", "floor.json")
@@ -37,7 +37,7 @@ def score(
     originals, features = (
         fid.load_groups(path) for path in (reference / REFERENCE_FILES[0], reconstructions / RECONSTRUCTION_FILES[0])
     )
-    table = tables.read_table(reconstructions / "images.parquet", ["row", *COLUMNS])
+    table = tables.read_table(reconstructions / "images.parquet", ["row", *SCORED])
     counts = [sum(one.count for one in side) for side in (originals, features)]
     if [len(table), len(table)] != counts:
         raise KilnError(
@@ -46,9 +46,10 @@ def score(
         )
     floor = artefacts.read_json(reference / "floor.json")
     made = picture_scores(table)
-    made["psnr"] |= {
-        "baseline": floor["constant_psnr"], "baseline_kind": "constant", "trivial": floor["colour_psnr"]
-    }  # fmt: skip
+    for metric in ("psnr", "ssim"):
+        constant = {"baseline": floor[f"constant_{metric}"], "baseline_kind": "constant"}
+        made[metric] |= constant | {"trivial": floor[f"colour_{metric}"]}
+    made["lpips"] |= {"baseline": float(table["shrunk_lpips"].mean()), "baseline_kind": "shrunk_input"}
     made["rfid"] = rfid(originals, features, reference)
     if perceptual.backbone is not None:
         made["lpips"]["label"] = RANDOM_LABEL
