@@ -38,7 +38,7 @@ WORDS = {  # of the glossary, to which the baselines and kinds of intervals of t
     "chance": "The expectation of a random answer or order.",
     "majority": "The answer that is most frequent in training, given to every question (of its kind).",
     "most frequent": "The class that is most frequent on the test side itself: no constant answer scores more.",
-    "constant": "One picture for all, the best there is: each pixel the mean of its place.",
+    "constant": "One picture for all, each pixel the mean of its place: for PSNR the best that there is.",
     "shrunk input": "The pictures themselves, made 8 times smaller and large again: a blur that needs no model.",
     "before filtering": "All images of the test side, accepted or not.",
     "random view": "A view drawn at random from the same vases.",
