@@ -1,6 +1,7 @@
 """Environments and rules: pins of the lock, all that a rule's step imports, one name everywhere."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import sys
@@ -181,6 +182,7 @@ def test_pins_hold_all_that_they_need(family):
                 assert need.specifier.contains(held[other], prereleases=True), f"{name} needs {need}"
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Top-level names that a file imports, at its head or in a function; not those for type checkers alone."""
     found = set()
@@ -192,17 +194,20 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+packages_distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 def reached(module: str) -> set[str]:
     """Third-party packages (canonical names) in a step's module and all that it imports, settings included."""
     todo, seen, packages = [module], set(), set()
-    of_name = importlib.metadata.packages_distributions()
+    of_name = packages_distributions()
     while todo:
         name = todo.pop()
         path = code_key._file_of(name, ROOT)
         if path is None or name in seen:
             continue
         seen.add(name)
-        todo += code_key._imports(name, path)
+        todo += code_key._facts(name, path).imports
         for top in imports(path) - set(sys.stdlib_module_names) - {"scripts"} - OPTIONAL:
             assert top in of_name, f"{path}: {top} is not installed here"
             packages.add(canonicalize_name(of_name[top][0]))
@@ -282,4 +287,4 @@ def test_a_rules_code_key_is_of_its_own_step(name):
     counted = code_key._closure((module,), ROOT)
     assert named - code_key.CALM <= counted
     files = {one: code_key._file_of(one, ROOT) for one in counted}
-    assert named & code_key.CALM <= set().union(*(code_key._imports(one, file) for one, file in files.items()))
+    assert named & code_key.CALM <= set().union(*(code_key._facts(one, file).imports for one, file in files.items()))

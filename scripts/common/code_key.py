@@ -9,7 +9,9 @@ ours because `ast.dump` differs between Python minors, which would rerun everyth
 import ast
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "scripts"
@@ -64,7 +66,7 @@ def module_keys(*modules: str, root: Path = ROOT) -> dict[str, str]:
     Raises:
         ModuleNotFoundError: a named module has no file below `root`.
     """
-    return {name: _module_key(_file_of(name, root)) for name in sorted(_closure(modules, root))}
+    return {name: _facts(name, _file_of(name, root)).key for name in sorted(_closure(modules, root))}
 
 
 def _closure(modules: tuple[str, ...], root: Path) -> set[str]:
@@ -80,7 +82,7 @@ def _closure(modules: tuple[str, ...], root: Path) -> set[str]:
         if name.endswith(".settings") or (name in CALM and name not in modules):
             continue
         seen.add(name)
-        todo.extend(n for n in _imports(name, path) if _file_of(n, root))
+        todo.extend(n for n in _facts(name, path).imports if _file_of(n, root))
     return seen
 
 
@@ -94,15 +96,23 @@ def _file_of(name: str, root: Path) -> Path | None:
     return None
 
 
-def _imports(name: str, path: Path) -> frozenset[str]:
-    return _imports_of_file(name, path, path.stat().st_mtime_ns, path.stat().st_size)
+class Facts(NamedTuple):
+    """What decides code keys of a module: the local modules that it imports, were they there, and its own key."""
+
+    imports: frozenset[str]
+    key: str
+
+
+def _facts(name: str, path: Path) -> Facts:
+    return _facts_at(name, path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @functools.cache
-def _imports_of_file(name: str, path: Path, mtime_ns: int, size: int) -> frozenset[str]:
+def _facts_at(name: str, path: Path, mtime_ns: int, size: int) -> Facts:
+    tree = ast.parse(path.read_bytes(), filename=str(path))
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(_tree(path)):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -113,25 +123,17 @@ def _imports_of_file(name: str, path: Path, mtime_ns: int, size: int) -> frozens
             found.add(base)
             found.update(f"{base}.{alias.name}" for alias in node.names)
     parents = {".".join(n.split(".")[:i]) for n in found | {name} for i in range(1, n.count(".") + 1)}
-    return frozenset(found | parents)
+    local = frozenset(n for n in found | parents if n.split(".")[0] == PACKAGE)
+    return Facts(local, hashlib.sha256(meaning(tree).encode()).hexdigest())
 
 
-def _tree(path: Path) -> ast.Module:
-    return _parse(path, path.stat().st_mtime_ns, path.stat().st_size)
-
-
-@functools.cache
-def _parse(path: Path, mtime_ns: int, size: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def _module_key(path: Path) -> str:
-    return _key_of_file(path, path.stat().st_mtime_ns, path.stat().st_size)
-
-
-@functools.cache
-def _key_of_file(path: Path, mtime_ns: int, size: int) -> str:
-    return hashlib.sha256(meaning(_tree(path)).encode()).hexdigest()
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements below one; expressions, most of a tree, hold none."""
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        below = getattr(node, field, ())
+        for one in below if isinstance(below, list) else ():
+            yield one
+            yield from _statements(one)
 
 
 def meaning(node: ast.AST, in_class: bool = False) -> str:
