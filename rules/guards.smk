@@ -246,6 +246,7 @@ def show_job_lines():
 
 key_environments()
 if workflow.is_main_process:
+    code_keys.keep()
     if not IN_MODULE:
         show_job_lines()
     logger.addHandler(FAILURES)

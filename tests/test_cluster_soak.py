@@ -24,10 +24,11 @@ KILLS = 8
 TARGETS = ("vase_images", "rae", "biomedica")
 # The jobs of the demo, each of them shorter, so that two cores can be done in time.
 SHORT = (
-    "rae.use=[dinov2] rae.autoencoder.epochs=2 rae.autoencoder.discriminator_start=1 rae.autoencoder.gan_start=1 "
-    "demo.draw.vases=60 demo.draw.labelled_vases=60 demo.draw.shared_vases=10 demo.draw.clip_vases=60 "
-    "vase.classifier.epochs=2 "
-    "biomedica.plan.epochs=2 biomedica.train.warmup_steps=4 biomedica.compare_seeds=[0]"
+    "demo.draw.vases=40 demo.draw.labelled_vases=40 demo.draw.shared_vases=8 demo.draw.clip_vases=40 "
+    "demo.clip.epochs=4 demo.digits.pictures=400 demo.figures.figures=800 vase.classifier.epochs=2 "
+    "rae.use=[dinov2] rae.dataset.images_per_shard=150 "
+    "rae.autoencoder.epochs=2 rae.autoencoder.discriminator_start=1 rae.autoencoder.gan_start=1 "
+    "biomedica.plan.samples=320 biomedica.plan.epochs=2 biomedica.train.warmup_steps=4 biomedica.compare_seeds=[0]"
 )
 OFTEN = "vase.classifier.save_minutes=0.02 rae.autoencoder.save_minutes=0.02 biomedica.train.save_minutes=0.02"
 
@@ -150,7 +151,7 @@ def soak(folder: Path, targets: tuple[str, ...], settings: str, kills: int, seed
 @pytest.mark.cluster
 @pytest.mark.slow(minutes=8)
 def test_images_autoencoder_and_clip_under_kills(tmp_path):
-    soak(tmp_path, TARGETS, SHORT, KILLS, seed=0, pause=(4, 15), minutes=25)
+    soak(tmp_path, TARGETS, SHORT, KILLS, seed=0, pause=(8, 30), minutes=25)
 
 
 @pytest.mark.cluster

@@ -323,6 +323,48 @@ def test_calm_modules_and_what_only_they_import_are_left_out(key):
     assert with_texts("X = 1\n", "X = 1\n", "X = 1\n") != with_texts("X = 1\n", "X = 1\n", "X = 2\n")
 
 
+KEYS = """
+import ast, json, sys
+from scripts.common import code_key
+if sys.argv[1] == "parses nothing":
+    ast.parse = None
+print(json.dumps([code_key.code_key("scripts.vase.split"), code_key.code_key("scripts.coca.train")]))
+code_key.keep()
+"""
+
+
+def test_what_is_kept_gives_the_same_keys_and_any_edit_is_seen(root, tmp_path):
+    """Also where it is damaged, of another version of the module, or cannot be kept."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(root / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    kept = checkout / "scripts/__pycache__/code_keys.json"
+
+    def keys(mode: str = "") -> list[str]:
+        done = subprocess.run([sys.executable, "-c", KEYS, mode], cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    first = keys()
+    assert kept.is_file() and keys("parses nothing") == first
+    written = kept.read_text()
+    for damaged in ("", "[]", written[:-9], json.dumps(json.loads(written) | {"by": "another"})):
+        kept.write_text(damaged)
+        assert keys() == first and kept.read_text() == written
+    step = checkout / "scripts/vase/split.py"
+    facts, text = step.stat(), step.read_text()
+    step.write_text(text + "\nX = 1\n")
+    os.utime(step, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    changed = keys()
+    assert changed[0] != first[0] and changed[1] == first[1]
+    kept.unlink()
+    assert keys() == changed
+    shutil.rmtree(kept.parent)
+    kept.parent.write_text("no folder")
+    assert keys() == changed
+    step.write_text(text)
+    assert keys() == first
+
+
 def test_every_calm_module_exists(root):
     assert [name for name in sorted(CALM) if not (root / f"{name.replace('.', '/')}.py").is_file()] == []
 

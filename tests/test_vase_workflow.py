@@ -26,7 +26,7 @@ SETTINGS = {
     "resources": {name: {"threads": 1, "mem_mb": 1000} for name in ("light", "cpu", "gpu_single")},
     "vase": {
         "truth": "data/truth.parquet",
-        "images_per_shard": 40,
+        "images_per_shard": 60,
         "split": {"train": 0.4, "validation": 0.2, "test": 0.4},
         "classifier": {
             "arch": "resnet18", "weights": None, "image_size": 32, "epochs": 2, "batch_size": 16, "workers": 0,

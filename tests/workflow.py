@@ -22,7 +22,7 @@ def copy_checkout(folder: Path) -> Path:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("*.pyc*", "*.tmp"))
         else:
             shutil.copy(ROOT / name, target)
     return folder

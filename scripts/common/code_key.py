@@ -7,11 +7,16 @@ ours because `ast.dump` differs between Python minors, which would rerun everyth
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from scripts.common.artefacts import write_text
+from scripts.common.errors import KilnError
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "scripts"
@@ -45,6 +50,8 @@ CALM = frozenset(
         "workers",  # starts processes
     )
 )
+_met: dict[str, "Facts"] = {}  # of this process, by name and content
+KEPT = ROOT / PACKAGE / "__pycache__/code_keys.json"
 _SKIPPED_FIELDS = {"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "type_ignores"}
 
 
@@ -109,7 +116,14 @@ def _facts(name: str, path: Path) -> Facts:
 
 @functools.cache
 def _facts_at(name: str, path: Path, mtime_ns: int, size: int) -> Facts:
-    tree = ast.parse(path.read_bytes(), filename=str(path))
+    source = path.read_bytes()
+    digest = hashlib.sha256(f"{name}\0{path.name}\0".encode() + source).hexdigest()
+    _met[digest] = _kept().get(digest) or _parsed(name, path, source)
+    return _met[digest]
+
+
+def _parsed(name: str, path: Path, source: bytes) -> Facts:
+    tree = ast.parse(source, filename=str(path))
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
     for node in _statements(tree):
@@ -134,6 +148,32 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
         for one in below if isinstance(below, list) else ():
             yield one
             yield from _statements(one)
+
+
+def keep() -> None:
+    """Leave what is known of the modules met so far, so that the next process parses those alone that changed.
+
+    That is half a second of a command. Like bytecode, it lies in a `__pycache__`, and may be deleted or unwritable.
+    """
+    if _met.keys() <= _kept().keys():
+        return
+    modules = {digest: [sorted(facts.imports), facts.key] for digest, facts in sorted(_met.items())}
+    with contextlib.suppress(OSError, KilnError):  # a checkout that this user cannot write
+        write_text(KEPT, json.dumps({"by": _self(), "modules": modules}))
+
+
+@functools.cache
+def _kept() -> dict[str, Facts]:
+    try:
+        left = json.loads(KEPT.read_text(encoding="utf-8"))
+        found = {digest: Facts(frozenset(imports), str(key)) for digest, (imports, key) in left["modules"].items()}
+        return found if left["by"] == _self() else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none, or it is damaged
+        return {}
+
+
+def _self() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def meaning(node: ast.AST, in_class: bool = False) -> str:
