@@ -153,7 +153,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 def keep() -> None:
     """Leave what is known of the modules met so far, so that the next process parses those alone that changed.
 
-    That is half a second of a command. Like bytecode, it lies in a `__pycache__`, and may be deleted or unwritable.
+    That is a second of a command. Like bytecode, it lies in a `__pycache__`, and may be deleted or unwritable.
     """
     if _met.keys() <= _kept().keys():
         return
