@@ -206,7 +206,7 @@ def compare(args: argparse.Namespace, root: Path) -> dict:
         return done.found["seconds"]
 
     first = call("reference").found
-    for name in made if args.runs > 1 else ():  # a warm-up
+    for name in () if args.smallest else made:  # a warm-up
         call(name, max(4, args.evaluated // 4))
     seconds = measure.interleave({name: lambda name=name: run(name) for name in made}, args.runs)
     theirs = made["alternative"][0]["rfid"]
